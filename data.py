@@ -1,0 +1,577 @@
+"""RRSIS-D (Liu et al. 2024): aerial images, phrases, and the mask of what each phrase names; and a toy set in its format.
+
+Published layout (17,402 phrases: 12,181 train, 1,740 val, 3,481 test; 20 categories; 800 x 800 pixels):
+
+    ROOT/rrsisd/refs(unc).p                one phrase a row: split, file, annotation
+    ROOT/rrsisd/instances.json             masks as COCO run lengths, category names
+    ROOT/images/rrsisd/JPEGImages/*.jpg
+
+    python data.py toy DIR [--train N --val N --test N --seed S]     draws scenes and writes them in exactly these files
+
+The toy set needs no download: scenes of 256 x 256 pixels with several objects of RRSIS-D's categories, most of them
+beside others of the same class, and phrases that single one out by class, colour, size, place or neighbour.
+
+Shapes: B images, k phrases an image, N = B k, S side of the model's input, H W pixels of the stored image.
+This file needs torch, numpy, pillow, tokenizers and tqdm, and works when copied alone.
+"""
+import argparse
+import json
+import math
+import multiprocessing
+import pickle
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+CATEGORIES = ("Expressway-Service-area Expressway-toll-station airplane airport baseballfield basketballcourt bridge chimney "
+              "dam golffield groundtrackfield harbor overpass ship stadium storagetank tenniscourt trainstation vehicle windmill").split()
+PUBLISHED = {"train": 12181, "val": 1740, "test": 3481}
+
+
+# ------------------------------------------------------------------------------------------------------- file formats
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads lists, dicts, strings and numbers. Anything else in a pickle names a function to call: refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it wants to call {module}.{name}")
+
+
+def read_pickle(path):
+    """Plain data from a pickle that nobody vouches for. Raises ValueError naming the file."""
+    with open(path, "rb") as file:
+        try:
+            return PlainUnpickler(file).load()
+        except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path} is not a pickle of plain data: {error}. Do not load it otherwise; fetch it again.") from error
+
+
+def to_rgb(image):
+    """PIL image of any mode -> RGB. Alpha is dropped; grey of more than 8 bits is stretched from its minimum to its maximum."""
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image, dtype=np.float64)
+        low, high = values.min(), values.max()
+        image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-9))).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
+def read_image(path):
+    """Any image file that Pillow knows -> PIL image, RGB. Raises FileNotFoundError, or ValueError naming the file."""
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image.") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too large to open safely ({error}). Cut it into tiles.") from error
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} is not a readable image ({error}). Fetch it again or take it out.") from error
+
+
+def image_tensor(image, side):
+    """PIL image -> (3, side, side) uint8, bilinear; the aspect ratio is not kept."""
+    return torch.from_numpy(np.array(image.resize((side, side), Image.BILINEAR))).permute(2, 0, 1)
+
+
+def resize_mask(mask, height, width):
+    """(H, W) bool -> (height, width) bool, nearest."""
+    return np.array(Image.fromarray(mask).resize((width, height), Image.NEAREST))
+
+
+def decode_rle(counts, height, width):
+    """COCO's compressed run lengths (a string) -> mask (height, width) bool.
+
+    Runs of 0s and 1s alternate down the columns. Each is a number in base 32, low digit first, one character a digit
+    (48 + digit, + 32 while more follow); from the fourth on it is the difference to the run two before.
+    """
+    runs, place = [], 0
+    while place < len(counts):
+        value, shift, digit = 0, 0, 32
+        while digit & 32:
+            if place == len(counts) or not 0 <= (digit := ord(counts[place]) - 48) < 64:
+                raise ValueError(f"run lengths break off or hold a foreign character at place {place}")
+            value |= (digit & 31) << shift
+            shift, place = shift + 5, place + 1
+        if digit & 16:                                              # the sign
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+    if min(runs, default=-1) < 0 or sum(runs) != height * width:
+        raise ValueError(f"run lengths add up to {sum(runs)}, not to {height} x {width} pixels")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def encode_rle(mask):
+    """(H, W) bool -> COCO's compressed run lengths; the inverse of decode_rle."""
+    flat = np.concatenate([[False], mask.T.reshape(-1)])
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    runs = np.diff(np.concatenate([[0], edges, [mask.size]])).tolist()
+    text = ""
+    for i, run in enumerate(runs):
+        value, more = run - (runs[i - 2] if i > 2 else 0), True
+        while more:
+            digit, value = value & 31, value >> 5
+            more = value != (-1 if digit & 16 else 0)
+            text += chr(48 + digit + 32 * more)
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------- reader
+
+@dataclass(frozen=True)
+class Ref:
+    """One row: what the phrase names in one image."""
+    ref_id: int
+    image: Path
+    phrase: str
+    category: str
+    size: tuple      # height, width of the stored mask
+    counts: str      # its run lengths
+
+
+class RRSISD(Dataset):
+    """One split of ROOT in the layout above. An item is one image with k of its phrases:
+
+        image      (3, S, S) uint8 RGB, bilinear
+        masks      (k, 1, S, S) bool, the stored mask, nearest
+        originals  k masks (H, W) bool at the image's own size, for evaluation
+        refs       k rows (Ref)
+
+    k = 1 is the paper: every phrase is an item of its own. With k > 1 an image's phrases are dealt out k at a time, the
+    last group filled up from the first. `cache` keeps decoded items in memory (60 kB an item at S = 96 and k = 4).
+    Raises FileNotFoundError or ValueError naming the file or row and the cure.
+    """
+
+    def __init__(self, root, split, side, phrases=1, cache=False):
+        self.root, self.split, self.side = Path(root), split, side
+        self.refs = self.read_refs()
+        if not self.refs:
+            raise ValueError(f"{self.root} has no phrases in its {split!r} split.")
+        groups = {}
+        for position, ref in enumerate(self.refs):
+            groups.setdefault(ref.image if phrases > 1 else position, []).append(ref)
+        self.items = [[group[(start + i) % len(group)] for i in range(phrases)]
+                      for group in groups.values() for start in range(0, len(group), phrases)]
+        self.cache = {} if cache else None
+
+    def read_refs(self):
+        annotations, folder = self.root / "rrsisd", self.root / "images" / "rrsisd" / "JPEGImages"
+        files = annotations / "refs(unc).p", annotations / "instances.json"
+        for path in (*files, folder):
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"{path} is missing. RRSIS-D in {self.root} means rrsisd/refs(unc).p, rrsisd/instances.json and "
+                    "images/rrsisd/JPEGImages/*.jpg: take them from the Hugging Face data set VoyageWang/rrsis-d. "
+                    "`train.py --sam tiny` draws its own data and needs no download.")
+        try:
+            instances = json.loads(files[1].read_text())
+            category = {row["id"]: row["name"] for row in instances["categories"]}
+            mask = {row["id"]: row["segmentation"][0] for row in instances["annotations"]}
+            refs = [Ref(row["ref_id"], folder / row["file_name"], row["sentences"][0]["sent"].strip(), category[row["category_id"]],
+                        tuple(mask[row["ann_id"]]["size"]), mask[row["ann_id"]]["counts"])
+                    for row in read_pickle(files[0]) if row["split"] == self.split]
+        except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+            raise ValueError(f"{files[0]} and {files[1]} do not fit together: {error!r}. Fetch both again.") from error
+        for ref in refs:
+            if not any(character.isalnum() for character in ref.phrase):
+                raise ValueError(f"{files[0]}: ref_id {ref.ref_id} ({ref.image.name}) has an empty phrase. "
+                                 "Write one or remove the row.")
+        missing = sorted({ref.image.name for ref in refs if not ref.image.is_file()})
+        if missing:
+            raise FileNotFoundError(f"{folder}: {len(missing)} images of the {self.split} split are missing: "
+                                    f"{', '.join(missing[:5])}{' ...' * (len(missing) > 5)}. Fetch JPEGImages.zip again.")
+        return refs
+
+    def __len__(self):
+        return len(self.items)
+
+    def mask(self, ref, height, width):
+        """The stored mask at the image's size (in RRSIS-D two images differ from their masks: the mask follows)."""
+        try:
+            return resize_mask(decode_rle(ref.counts, *ref.size), height, width)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.root / 'rrsisd' / 'instances.json'}: mask of ref_id {ref.ref_id} ({ref.image.name}): {error}. "
+                             "Fetch it again or remove the row.") from error
+
+    def __getitem__(self, index):
+        if self.cache is not None and index in self.cache:
+            return self.cache[index]
+        refs = self.items[index]
+        image = read_image(refs[0].image)
+        originals = [self.mask(ref, image.height, image.width) for ref in refs]
+        masks = np.stack([resize_mask(mask, self.side, self.side) for mask in originals])[:, None]
+        item = dict(image=image_tensor(image, self.side), masks=torch.from_numpy(masks), originals=originals, refs=refs)
+        if self.cache is not None:
+            self.cache[index] = dict(item, originals=None)          # training never asks for them
+        return item
+
+    def __str__(self):
+        text = f"{self.split}: {len(self.refs):,} phrases on {len({ref.image for ref in self.refs}):,} images"
+        return text + f" (RRSIS-D as published: {PUBLISHED.get(self.split, 0):,} phrases)"
+
+
+def collate(items):
+    """Items -> a batch: images (B, 3, S, S) uint8, masks (N, 1, S, S) bool, originals and refs as lists of N."""
+    return dict(images=torch.stack([item["image"] for item in items]), masks=torch.cat([item["masks"] for item in items]),
+                originals=[mask for item in items for mask in item["originals"] or []],
+                refs=[ref for item in items for ref in item["refs"]])
+
+
+# --------------------------------------------------------------------------------------------------- the toy's scenes
+
+SCENE = 256                                              # side of a scene in pixels
+COLOURS = {"white": (236, 236, 232), "gray": (112, 114, 120), "red": (188, 48, 42),
+           "blue": (44, 84, 190), "yellow": (232, 196, 44)}
+SIZES = {"small": 0.175, "large": 0.29}                  # length as a share of the scene
+GROUNDS = {"grass": (96, 122, 70), "soil": (164, 138, 104), "concrete": (158, 156, 150), "field": (136, 140, 84)}
+WATER = (36, 72, 92)
+
+
+def shade(colour, factor):
+    return tuple(min(255, int(channel * factor)) for channel in colour)
+
+
+# Each draws one object, pointing right, on a transparent square of p pixels: what it paints is its mask.
+
+def draw_tank(draw, p, colour):
+    draw.ellipse((0.05 * p, 0.05 * p, 0.95 * p, 0.95 * p), fill=shade(colour, 0.72))
+    draw.ellipse((0.11 * p, 0.11 * p, 0.89 * p, 0.89 * p), fill=colour)
+    for i in range(6):                                   # the roof's ribs
+        a = i * math.pi / 3
+        draw.line((p / 2, p / 2, p * (0.5 + 0.38 * math.cos(a)), p * (0.5 + 0.38 * math.sin(a))), fill=shade(colour, 0.84), width=4)
+    draw.ellipse((0.42 * p, 0.42 * p, 0.58 * p, 0.58 * p), fill=shade(colour, 0.78))
+
+
+def draw_tennis(draw, p, colour):
+    draw.rectangle((0.02 * p, 0.22 * p, 0.98 * p, 0.78 * p), fill=colour)
+    white, w = (240, 240, 240), max(1, p // 45)
+    draw.rectangle((0.12 * p, 0.29 * p, 0.88 * p, 0.71 * p), outline=white, width=w)
+    draw.line((0.12 * p, 0.35 * p, 0.88 * p, 0.35 * p), fill=white, width=w)
+    draw.line((0.12 * p, 0.65 * p, 0.88 * p, 0.65 * p), fill=white, width=w)
+    draw.line((0.3 * p, 0.5 * p, 0.7 * p, 0.5 * p), fill=white, width=w)
+    for x in (0.3, 0.5, 0.7):
+        draw.line((x * p, (0.26 if x == 0.5 else 0.35) * p, x * p, (0.74 if x == 0.5 else 0.65) * p), fill=white, width=w)
+
+
+def draw_ship(draw, p, colour):
+    hull = [(0.0, 0.32), (0.62, 0.28), (1.0, 0.5), (0.62, 0.72), (0.0, 0.68)]
+    deck = [(0.06, 0.38), (0.6, 0.34), (0.88, 0.5), (0.6, 0.66), (0.06, 0.62)]
+    draw.polygon([(x * p, y * p) for x, y in hull], fill=colour)
+    draw.polygon([(x * p, y * p) for x, y in deck], fill=shade(colour, 0.8))
+    draw.rectangle((0.12 * p, 0.4 * p, 0.34 * p, 0.6 * p), fill=colour, outline=shade(colour, 0.5), width=2)
+    draw.rectangle((0.44 * p, 0.44 * p, 0.62 * p, 0.56 * p), fill=shade(colour, 0.6))
+
+
+def draw_baseball(draw, p, colour):
+    draw.pieslice((-0.92 * p, 0.04 * p, 0.96 * p, 1.92 * p), 270, 360, fill=colour)              # a quarter disc, home at the corner
+    draw.polygon([(x * p, y * p) for x, y in ((0.09, 0.91), (0.09, 0.5), (0.5, 0.5), (0.5, 0.91))], fill=(104, 140, 72))
+    draw.line([(x * p, y * p) for x, y in ((0.05, 0.06), (0.05, 0.95), (0.94, 0.95))], fill=(240, 240, 240), width=max(2, p // 40))
+    draw.ellipse((0.25 * p, 0.65 * p, 0.35 * p, 0.75 * p), fill=colour)                          # the mound
+    for x, y in ((0.09, 0.91), (0.09, 0.5), (0.5, 0.5), (0.5, 0.91)):
+        draw.rectangle((x * p - p / 40, y * p - p / 40, x * p + p / 40, y * p + p / 40), fill=(245, 245, 245))
+
+
+def draw_vehicle(draw, p, colour):
+    draw.rounded_rectangle((0.03 * p, 0.27 * p, 0.97 * p, 0.73 * p), radius=0.12 * p, fill=colour)
+    glass = (36, 42, 50)
+    draw.polygon([(x * p, y * p) for x, y in ((0.62, 0.34), (0.74, 0.3), (0.74, 0.7), (0.62, 0.66))], fill=glass)
+    draw.polygon([(x * p, y * p) for x, y in ((0.2, 0.34), (0.12, 0.31), (0.12, 0.69), (0.2, 0.66))], fill=glass)
+    draw.line((0.24 * p, 0.31 * p, 0.58 * p, 0.31 * p), fill=glass, width=max(1, p // 36))
+    draw.line((0.24 * p, 0.69 * p, 0.58 * p, 0.69 * p), fill=glass, width=max(1, p // 36))
+
+
+def draw_airplane(draw, p, colour):
+    for shape in ([(0.7, 0.44), (0.4, 0.02), (0.2, 0.02), (0.32, 0.44)], [(0.7, 0.56), (0.4, 0.98), (0.2, 0.98), (0.32, 0.56)],
+                  [(0.2, 0.46), (0.1, 0.24), (-0.02, 0.24), (0.03, 0.5), (-0.02, 0.76), (0.1, 0.76), (0.2, 0.54)]):
+        draw.polygon([(x * p, y * p) for x, y in shape], fill=shade(colour, 0.88))
+    draw.rounded_rectangle((0.0, 0.4 * p, p - 1, 0.6 * p), radius=0.1 * p, fill=colour)
+    draw.ellipse((0.86 * p, 0.45 * p, 0.95 * p, 0.55 * p), fill=(50, 58, 70))
+    for y in (0.26, 0.74):                               # engines
+        draw.rounded_rectangle((0.36 * p, (y - 0.035) * p, 0.52 * p, (y + 0.035) * p), radius=0.03 * p, fill=shade(colour, 0.6))
+
+
+# category -> how it is said, how it is drawn, the colours it comes in
+TOY = {
+    "storagetank": ("storage tank", draw_tank, ("white", "gray", "red", "blue", "yellow")),
+    "tenniscourt": ("tennis court", draw_tennis, ("gray", "red", "blue", "yellow")),
+    "ship": ("ship", draw_ship, ("white", "gray", "red", "blue", "yellow")),
+    "baseballfield": ("baseball field", draw_baseball, ("gray", "red", "yellow")),
+    "vehicle": ("vehicle", draw_vehicle, ("white", "gray", "red", "blue", "yellow")),
+    "airplane": ("airplane", draw_airplane, ("white", "gray", "red", "blue", "yellow")),
+}
+
+
+@dataclass
+class Thing:
+    category: str
+    colour: str
+    size: str
+    x: float         # centre, in [0, 1], x to the right and y down
+    y: float
+    angle: float     # degrees
+    mask: np.ndarray = None
+
+
+def texture(rng, side, cells, strength):
+    """(side, side) smooth noise of about `cells` bumps a side."""
+    noise = Image.fromarray(rng.normal(0, strength, (cells, cells)).astype(np.float32))
+    return np.asarray(noise.resize((side, side), Image.BICUBIC))
+
+
+def arrange(rng):
+    """Choose the shore line, the road and the things of a scene, well apart. -> things, shore, road."""
+    angle = rng.uniform(0, 2 * math.pi)
+    shore = (math.cos(angle), math.sin(angle), rng.uniform(-0.12, 0.12)) if rng.random() < 0.45 else None
+    angle = rng.uniform(0, math.pi)
+    road = (math.cos(angle), math.sin(angle), rng.uniform(-0.25, 0.25), math.degrees(angle)) if rng.random() < 0.6 else None
+    names = [name for name in TOY if (name != "ship" or shore)]
+    main, other, *_ = rng.permutation(names)
+    if shore and rng.random() < 0.6:
+        main, other = "ship", (main if main != "ship" else other)
+    wanted = [main] * rng.integers(2, 4) + [other] * rng.integers(1, 3) + list(rng.permutation(names)[:rng.integers(0, 2)])
+    things = []
+    for category in wanted:
+        for _ in range(60):
+            size = str(rng.choice(list(SIZES)))
+            x, y = rng.uniform(0.02 + SIZES[size] / 2, 0.98 - SIZES[size] / 2, 2)
+            angle = rng.uniform(0, 360)
+            if category == "vehicle" and road and rng.random() < 0.5:                            # half of them drive
+                along = (x - 0.5) * road[0] + (y - 0.5) * road[1]
+                x, y = 0.5 + along * road[0] - road[2] * road[1], 0.5 + along * road[1] + road[2] * road[0]
+                angle = -road[3] + 180 * rng.integers(0, 2)
+            depth = (x - 0.5) * shore[0] + (y - 0.5) * shore[1] + shore[2] if shore else -1      # > 0: in the water
+            inside = SIZES[size] / 2 < x < 1 - SIZES[size] / 2 and SIZES[size] / 2 < y < 1 - SIZES[size] / 2
+            clear = all(math.hypot(x - t.x, y - t.y) > 0.58 * (SIZES[size] + SIZES[t.size]) for t in things)
+            afloat = depth > SIZES[size] / 3 if category == "ship" else depth < -SIZES[size] / 2
+            off_road = not road or abs((y - 0.5) * road[0] - (x - 0.5) * road[1] - road[2]) > 0.08 + SIZES[size] / 2
+            if inside and clear and afloat and (off_road or category == "vehicle"):
+                things.append(Thing(str(category), str(rng.choice(TOY[category][2])), size, x, y, angle))
+                break
+    return things, shore, road
+
+
+def blend(scene, colour, cover):
+    """Lay `colour` over scene (H, W, 3) in place, as opaque as cover (H, W) in [0, 1] says."""
+    scene += (colour - scene) * cover[..., None]
+
+
+def paint_ground(rng, shore, road):
+    """Texture, trees, road and water -> (SCENE, SCENE, 3) float32."""
+    v, u = np.mgrid[0:SCENE, 0:SCENE].astype(np.float32) / SCENE - 0.5
+    edge = lambda distance: np.clip(distance * SCENE + 0.5, 0, 1)                                # > 0 inside, one pixel soft
+    light = texture(rng, SCENE, 5, 9) + texture(rng, SCENE, 24, 6) + texture(rng, SCENE, 120, 7)
+    scene = np.array(GROUNDS[str(rng.choice(list(GROUNDS)))], np.float32) * np.float32(rng.uniform(0.85, 1.1)) + light[..., None]
+    if rng.random() < 0.4:                                                                       # ploughed parcels
+        slope = rng.uniform(0, math.pi)
+        a, b = u * math.cos(slope) + v * math.sin(slope), v * math.cos(slope) - u * math.sin(slope)
+        scene += (((a * 3).round() + 2 * (b * 2).round()) % 3 * 7 + np.sin(a * 330) * 3 - 7)[..., None]
+    picture = Image.fromarray(np.clip(scene, 0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    for x, y in rng.uniform(0, SCENE, (rng.integers(6, 30), 2)):                                 # trees in small groups
+        for dx, dy in rng.normal(0, 6, (rng.integers(1, 6), 2)):
+            r, tone = rng.uniform(2, 5), rng.uniform(0.7, 1.1)
+            draw.ellipse((x + dx - r + 2, y + dy - r + 2, x + dx + r + 2, y + dy + r + 2), fill=(50, 58, 42))
+            draw.ellipse((x + dx - r, y + dy - r, x + dx + r, y + dy + r), fill=shade((58, 92, 46), tone))
+            draw.ellipse((x + dx - 0.6 * r, y + dy - 0.7 * r, x + dx + 0.3 * r, y + dy + 0.2 * r), fill=shade((76, 112, 58), tone))
+    scene = np.array(picture, np.float32)
+    if road:
+        across, along = np.abs(v * road[0] - u * road[1] - road[2]), u * road[0] + v * road[1]
+        blend(scene, (98 + 0.5 * light)[..., None], edge(0.075 - across))
+        blend(scene, 214, np.maximum(edge(0.003 - np.abs(across - 0.068)), edge(0.003 - across) * (along * 16 % 1 < 0.5)))
+    if shore:
+        depth = u * shore[0] + v * shore[1] + shore[2] + texture(rng, SCENE, 12, 0.008)
+        blend(scene, (np.array((176, 164, 132)) + light[..., None]), edge(depth + 0.02))        # a strip of sand or quay
+        waves = texture(rng, SCENE, 60, 3) + 0.3 * light + np.sin((u * shore[1] - v * shore[0] + depth) * 260) * 1.5
+        blend(scene, np.array(WATER) + waves[..., None], edge(depth))
+    return scene
+
+
+def paint_thing(rng, scene, thing):
+    """Draw one thing with its shadow into scene and set its mask (SCENE, SCENE)."""
+    p = int(4 * SIZES[thing.size] * SCENE)                          # drawn at four times the size, then averaged down
+    patch = Image.new("RGBA", (p, p))
+    colour = tuple(int(np.clip(channel + rng.normal(0, 6), 0, 255)) for channel in COLOURS[thing.colour])
+    TOY[thing.category][1](ImageDraw.Draw(patch), p, colour)
+    patch = np.asarray(patch.rotate(thing.angle, Image.NEAREST, expand=True).reduce(4), np.float32)
+    h, w, _ = patch.shape
+    top, left = round(thing.y * SCENE - h / 2), round(thing.x * SCENE - w / 2)
+    drop = 2 if thing.category in ("tenniscourt", "baseballfield") else 4                        # flat things cast next to no shadow
+    rows, columns = slice(max(0, top), min(SCENE, top + h)), slice(max(0, left), min(SCENE, left + w))
+    patch = patch[rows.start - top:rows.stop - top, columns.start - left:columns.stop - left]
+    colours, alpha = patch[..., :3], patch[..., 3] / 255
+    below, right = scene[rows.start + drop:rows.stop + drop], slice(columns.start + drop, columns.stop + drop)
+    under = below[:, right]
+    blend(under, 20, 0.45 * alpha[:under.shape[0], :under.shape[1]])
+    blend(scene[rows, columns], colours + texture(rng, SCENE, 100, 4)[rows, columns, None], alpha)
+    thing.mask = np.zeros((SCENE, SCENE), bool)
+    thing.mask[rows, columns] = alpha > 0.5
+
+
+# -------------------------------------------------------------------------------------------------- the toy's phrases
+
+# place -> (holds, clearly does not hold); between the two a phrase would be a matter of taste, so it is not written
+PLACES = {
+    "on the left": (lambda x, y: x < 0.36, lambda x, y: x > 0.5), "on the right": (lambda x, y: x > 0.64, lambda x, y: x < 0.5),
+    "on the top": (lambda x, y: y < 0.36, lambda x, y: y > 0.5), "on the bottom": (lambda x, y: y > 0.64, lambda x, y: y < 0.5),
+    "in the middle": (lambda x, y: max(abs(x - 0.5), abs(y - 0.5)) < 0.15, lambda x, y: max(abs(x - 0.5), abs(y - 0.5)) > 0.25),
+    "on the upper left": (lambda x, y: max(x, y) < 0.4, lambda x, y: max(x, y) > 0.52),
+    "on the upper right": (lambda x, y: max(1 - x, y) < 0.4, lambda x, y: max(1 - x, y) > 0.52),
+    "on the lower left": (lambda x, y: max(x, 1 - y) < 0.4, lambda x, y: max(x, 1 - y) > 0.52),
+    "on the lower right": (lambda x, y: min(x, y) > 0.6, lambda x, y: min(x, y) < 0.48),
+}
+DIRECTIONS = ("right", "lower right", "bottom", "lower left", "left", "upper left", "top", "upper right")    # clockwise by 45 degrees
+
+
+KINDS = {"attribute": 0.38, "place": 0.34, "relation": 0.28}          # how often each kind of phrase is written, where it can be
+
+
+def bearing(thing, anchor, direction):
+    """How many degrees `thing` lies off `direction` as seen from `anchor`."""
+    angle = math.degrees(math.atan2(thing.y - anchor.y, thing.x - anchor.x)) - 45 * DIRECTIONS.index(direction)
+    return abs((angle + 180) % 360 - 180)
+
+
+def describe(things, thing, attributes):
+    """("size", "colour") -> "small red ship", and the things of its class that these words do not rule out."""
+    words = [getattr(thing, attribute) for attribute in attributes] + [TOY[thing.category][0]]
+    rivals = [other for other in things if other is not thing and other.category == thing.category
+              and all(getattr(other, attribute) == getattr(thing, attribute) for attribute in attributes)]
+    return " ".join(words), rivals
+
+
+def phrases_for(things, thing):
+    """Every phrase that names `thing` and nothing else in the scene, by kind -> {kind: [phrase, ...]}."""
+    found = {"attribute": [], "place": [], "relation": []}
+    anchors = [(other, *describe(things, other, attributes)) for other in things if other.category != thing.category
+               for attributes in ((), ("colour",))]
+    for attributes in ((), ("colour",), ("size",), ("size", "colour")):
+        name, rivals = describe(things, thing, attributes)
+        if not rivals:
+            found["attribute"].append(name)
+        for place, (holds, fails) in PLACES.items():
+            if holds(thing.x, thing.y) and all(fails(other.x, other.y) for other in rivals):
+                found["place"].append(f"{name} {place}")
+        for anchor, anchor_name, doubles in anchors:
+            for direction in DIRECTIONS:
+                if not doubles and bearing(thing, anchor, direction) < 20 and all(bearing(o, anchor, direction) > 50 for o in rivals):
+                    found["relation"].append(f"{name} on the {direction} of the {anchor_name}")
+    return {kind: phrases for kind, phrases in found.items() if phrases}
+
+
+def choose_phrase(rng, things, thing):
+    """One of the phrases that name `thing`: any kind that can, mostly in few words. None if nothing tells it apart."""
+    found = phrases_for(things, thing)
+    if not found:
+        return None
+    shares = np.array([KINDS[kind] for kind in found])
+    kind = str(rng.choice(list(found), p=shares / shares.sum()))
+    phrases = sorted(rng.permutation(found[kind]).tolist(), key=lambda phrase: len(phrase.split()))
+    phrase = phrases[min(int(rng.exponential(0.8)), len(phrases) - 1)]
+    return ("The " if rng.random() < 0.5 else "An " if phrase[0] == "a" else "A ") + phrase
+
+
+def toy_scene(seed, index):
+    """-> PIL image, [(thing, phrase), ...] with four phrases; the same for the same (seed, index)."""
+    rng = np.random.default_rng([seed, index])
+    rows = []
+    while len(rows) < 4:                                            # a scene too crowded for four phrases is drawn anew
+        things, shore, road = arrange(rng)
+        rows = [(thing, choose_phrase(rng, things, thing)) for thing in things]
+        rows = [row for row in rows if row[1]]
+    scene = paint_ground(rng, shore, road)
+    for i, thing in enumerate(things):
+        paint_thing(rng, scene, thing)
+        for below in things[:i]:                                    # where two corners meet, the upper one counts
+            below.mask &= ~thing.mask
+    scene += rng.normal(0, 3, (SCENE, SCENE, 1))                    # sensor noise
+    chosen = rng.permutation(len(rows))[:4]
+    return Image.fromarray(np.clip(scene, 0, 255).astype(np.uint8)), [rows[i] for i in chosen]
+
+
+def save_scene(job):
+    """Write one scene's JPEG; -> its refs and annotations in RRSIS-D's form."""
+    folder, seed, index, split = job
+    image, rows = toy_scene(seed, index)
+    name, refs, annotations = f"{index:05d}.jpg", [], []
+    image.save(folder / name, quality=95)
+    for i, (thing, phrase) in enumerate(rows):
+        number, category = 4 * index + i, CATEGORIES.index(thing.category)
+        ys, xs = np.nonzero(thing.mask)
+        annotations.append(dict(id=number, image_id=index, categories_id=category, area=int(thing.mask.sum()),
+                                bbox=[int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1],        # x1 y1 x2 y2
+                                segmentation=[dict(size=[SCENE, SCENE], counts=encode_rle(thing.mask))]))
+        sentence = dict(tokens=phrase.lower().split(), raw=phrase, sent_id=number, sent=phrase)
+        refs.append(dict(image_id=index, split=split, sentences=[sentence], file_name=name, category_id=category,
+                         ann_id=number, sent_ids=[number], ref_id=number))
+    return refs, annotations
+
+
+def write_toy(root, train=3000, val=100, test=320, seed=0):
+    """Draw a toy RRSIS-D into ROOT, in the published files and layout, four phrases a scene."""
+    root = Path(root)
+    folder, annotations = root / "images" / "rrsisd" / "JPEGImages", root / "rrsisd"
+    if (annotations / "refs(unc).p").exists():
+        raise ValueError(f"{root} already holds a data set: name another folder or remove it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    annotations.mkdir(exist_ok=True)
+    splits = ["train"] * train + ["val"] * val + ["test"] * test
+    jobs = [(folder, seed, index, split) for index, split in enumerate(splits)]
+    with multiprocessing.Pool() as pool:
+        rows = list(tqdm(pool.imap(save_scene, jobs, chunksize=16), f"drawing {root}", len(jobs), unit="scene"))
+    images = [dict(id=index, file_name=f"{index:05d}.jpg", height=SCENE, width=SCENE) for index in range(len(jobs))]
+    (annotations / "instances.json").write_text(json.dumps(dict(
+        images=images, annotations=[row for _, some in rows for row in some],
+        categories=[dict(id=i, name=name) for i, name in enumerate(CATEGORIES)])))
+    with open(annotations / "refs(unc).p", "wb") as file:           # last: a folder that has it is complete
+        pickle.dump([ref for some, _ in rows for ref in some], file)
+
+
+def toy_tokenizer():
+    """A word-level tokenizer of the toy's vocabulary, with SigLIP's special ids: 0 <pad>, 1 </s> (appended), 2 <unk>."""
+    words = " ".join(["a an the of", *COLOURS, *SIZES, *PLACES, *DIRECTIONS, *(name for name, _, _ in TOY.values())]).split()
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer
+
+
+def run(main):
+    """Run a command: bad input ends it with one line and exit status 1 instead of a traceback."""
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        text = str(error)
+        if "DataLoader worker" in text:                             # a worker's error arrives as its whole traceback: keep the message
+            text = text.strip().splitlines()[-1].partition("Error: ")[2]
+        sys.exit(f"error: {text}")
+
+
+def positive(text):
+    """argparse type: a whole number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw a toy RRSIS-D.")
+    parser.add_argument("command", choices=["toy"])
+    parser.add_argument("dir", type=Path)
+    parser.add_argument("--train", type=positive, default=3000, help="scenes, four phrases each")
+    parser.add_argument("--val", type=positive, default=100)
+    parser.add_argument("--test", type=positive, default=320)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    write_toy(args.dir, args.train, args.val, args.test, args.seed)
+    print(f"{args.dir}: {4 * args.train:,} train, {4 * args.val:,} val, {4 * args.test:,} test phrases")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,157 @@
+"""Score a checkpoint on one split of RRSIS-D, and draw what it got right and wrong.
+
+    python evaluate.py runs/tiny/best.safetensors [--data DIR] [--split test] [--shuffle-phrases]
+
+Prints the metrics and a table by category; writes them, with every sample's IoU, as JSON next to the checkpoint, and a
+sheet of pictures of the best, median and worst samples.
+
+The rules, because papers differ: masks are compared at the image's original size. gIoU (elsewhere mIoU) is the mean over
+samples of the foreground IoU; cIoU (elsewhere oIoU) is the sum of the intersections over the sum of the unions; Pr@X is the
+share of samples with IoU > X (strictly; the LAVT family uses >=). A sample with empty target and empty prediction has IoU 1
+and is counted in the output (the released code divides 0 by 0 there).
+"""
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import RRSISD, collate, positive, read_image, run
+from rsrefseg import SIGLIP_HUB, RSRefSeg, masks_at, overlay, read_checkpoint, usable_device
+from siglip import tokenize
+
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+
+
+def default_amp(device):
+    return "bf16" if device.startswith("cuda") else "off"
+
+
+def iou(intersection, union):
+    return intersection / union if union else 1.0
+
+
+def scores(rows):
+    """Rows with the pixels of `intersection` and `union` -> {gIoU, cIoU, Pr@0.5 ... Pr@0.9} in percent, samples, both_empty."""
+    each = np.array([iou(row["intersection"], row["union"]) for row in rows])
+    intersections, unions = sum(row["intersection"] for row in rows), sum(row["union"] for row in rows)
+    precision = {f"Pr@{x}": float(100 * (each > x).mean()) for x in THRESHOLDS}
+    return {"gIoU": float(100 * each.mean()), "cIoU": 100 * iou(intersections, unions), **precision,
+            "samples": len(rows), "both_empty": sum(row["union"] == 0 for row in rows)}
+
+
+@torch.inference_mode()
+def evaluate(model, dataset, batch_size, amp=None, workers=0, shuffle_phrases=False):
+    """-> one row a phrase: {ref_id, image, phrase, category, intersection, union, iou}, in the data set's order.
+
+    `amp` is the autocast type or None. `shuffle_phrases` gives each image the phrase of a sample half a data set away: a
+    model that reads the phrase fails then.
+    """
+    model.eval()
+    device, rows = model.sam.mean.device, []
+    order = [ref.phrase for ref in dataset.refs]
+    if shuffle_phrases:
+        order = order[len(order) // 2:] + order[:len(order) // 2]
+    loader = DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers)
+    with tqdm(total=len(dataset), desc=f"evaluating {dataset.split}", unit="phrase", leave=False) as bar:
+        for batch in loader:
+            phrases = order[len(rows):len(rows) + len(batch["refs"])]
+            ids, mask = (x.to(device) for x in tokenize(model.tokenizer, phrases))
+            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                logits = model(batch["images"].to(device) / 255, ids, mask)
+            for ref, phrase, target, one in zip(batch["refs"], phrases, batch["originals"], logits):
+                found = masks_at(one[None], model.image_size, *target.shape)[0].cpu().numpy()
+                both, either = int((found & target).sum()), int((found | target).sum())
+                rows.append(dict(ref_id=ref.ref_id, image=str(ref.image), phrase=phrase, category=ref.category,
+                                 intersection=both, union=either, iou=iou(both, either)))
+            bar.update(len(phrases))
+    return rows
+
+
+def line(split, result):
+    """One line for logs: the split is part of it, because a score without its split says nothing."""
+    precision = " ".join(f"Pr@{x} {result[f'Pr@{x}']:.1f}" for x in THRESHOLDS)
+    empty = f", {result['both_empty']} with empty target and prediction" if result["both_empty"] else ""
+    return f"{split} | gIoU {result['gIoU']:.2f} | cIoU {result['cIoU']:.2f} | {precision} | {result['samples']} phrases{empty}"
+
+
+def by_category(rows):
+    """-> {category: scores}"""
+    return {category: scores([row for row in rows if row["category"] == category])
+            for category in sorted({row["category"] for row in rows})}
+
+
+def table(categories):
+    """{category: scores} -> a markdown table."""
+    lines = ["| category | phrases | gIoU | cIoU | Pr@0.5 | Pr@0.9 |", "|---|---|---|---|---|---|"]
+    lines += [f"| {name} | {r['samples']} | {r['gIoU']:.2f} | {r['cIoU']:.2f} | {r['Pr@0.5']:.1f} | {r['Pr@0.9']:.1f} |"
+              for name, r in categories.items()]
+    return "\n".join(lines)
+
+
+def picture_sheet(model, dataset, rows, each=4, side=256):
+    """The `each` best, median and worst samples, a column each -> PIL image; per sample image, target and prediction."""
+    order = sorted(range(len(rows)), key=lambda i: -rows[i]["iou"])
+    each = min(each, len(order))
+    middle = (len(order) - each) // 2
+    columns = {"best": order[:each], "median": order[middle:middle + each], "worst": order[-each:]}
+    font, head = ImageFont.load_default(14), 26
+    sheet = Image.new("RGB", (3 * (3 * side + 24), head + each * (side + 30)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for c, (title, chosen) in enumerate(columns.items()):
+        left = c * (3 * side + 24)
+        draw.text((left, 4), f"{title}: image, target, prediction", fill="black", font=font)
+        for r, index in enumerate(chosen):
+            row, item, top = rows[index], dataset[index], head + r * (side + 30)
+            image = read_image(row["image"])
+            found = model.segment(image, [row["phrase"]])[0].cpu().numpy()
+            for i, picture in enumerate((image, overlay(image, item["originals"][0], (40, 255, 40)), overlay(image, found))):
+                sheet.paste(picture.resize((side, side)), (left + i * side, top))
+            draw.text((left, top + side + 4), f"IoU {row['iou']:.2f}  {row['phrase'][:80]}", fill="black", font=font)
+    return sheet
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Score a checkpoint.")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--official", action="store_true", help="the checkpoint is one of the released code (.pth or .safetensors)")
+    parser.add_argument("--data", type=Path, help="data folder, if not the one it was trained on")
+    parser.add_argument("--split", default="test", choices=["train", "val", "test"])
+    parser.add_argument("--shuffle-phrases", action="store_true", help="give each image another sample's phrase: the control")
+    parser.add_argument("--batch-size", type=positive, default=16)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--amp", choices=list(AMP), help="autocast type (default: bf16 on CUDA, off elsewhere)")
+    parser.add_argument("--siglip", help="file, folder or hub name, if not where training had it")
+    parser.add_argument("--sam-weights", help="likewise for SAM")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    about = {} if args.official else read_checkpoint(args.checkpoint)[0]
+    data = args.data or about.get("args", {}).get("data")
+    if data is None:
+        raise ValueError(f"{args.checkpoint} does not say what it was trained on: give the data folder with --data.")
+    args.amp = args.amp or default_amp(args.device)
+    if args.official:
+        model = RSRefSeg.load_official(args.checkpoint, args.siglip or SIGLIP_HUB).to(args.device)
+    else:
+        model = RSRefSeg.from_checkpoint(args.checkpoint, args.siglip, args.sam_weights).to(args.device)
+    dataset = RRSISD(data, args.split, model.image_size)
+    rows = evaluate(model, dataset, args.batch_size, AMP[args.amp], args.workers, args.shuffle_phrases)
+    result, categories = scores(rows), by_category(rows)
+    print(table(categories))
+    print(line(args.split + " with shuffled phrases" * args.shuffle_phrases, result))
+    name = f"{args.checkpoint.with_suffix('')}.{args.split}{'.shuffled' * args.shuffle_phrases}"
+    report = dict(checkpoint=str(args.checkpoint), data=str(data), split=args.split, shuffled=args.shuffle_phrases,
+                  amp=args.amp, metrics=result, categories=categories, samples=rows)
+    Path(f"{name}.json").write_text(json.dumps(report, indent=1))
+    with torch.autocast(torch.device(args.device).type, dtype=AMP[args.amp], enabled=args.amp != "off"):
+        picture_sheet(model, dataset, rows).save(f"{name}.jpg", quality=90)
+    print(f"wrote {name}.json and {name}.jpg")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,121 @@
+"""LoRA (Hu et al. 2022, arXiv:2106.09685): adapt a frozen layer W by a low-rank product, y = W x + (alpha / r) B A x.
+
+Checked against peft. A is drawn Kaiming-uniform, B is zero, so an adapted model starts as the model it adapts.
+Linear and Conv2d only. Shapes: r rank. This file needs torch, and works when copied alone.
+
+    names = inject(model, ["encoder.layers.*.self_attn.[qkv]_proj"], r=16, alpha=16, dropout=0.1)
+    ...train...
+    merge(model)
+"""
+import math
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+
+class LoRALinear(nn.Module):
+    """A frozen Linear with its adapter: A (r, in), B (out, r)."""
+
+    def __init__(self, base, r, alpha, dropout):
+        super().__init__()
+        self.base, self.scale, self.dropout = base.requires_grad_(False), alpha / r, nn.Dropout(dropout)
+        self.A = nn.Linear(base.in_features, r, bias=False, device=base.weight.device)
+        self.B = nn.Linear(r, base.out_features, bias=False, device=base.weight.device)
+        nn.init.kaiming_uniform_(self.A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.B.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.B(self.A(self.dropout(x))) * self.scale
+
+    def delta(self):
+        """What the adapter adds to the base weight."""
+        return self.scale * self.B.weight @ self.A.weight
+
+
+class LoRAConv2d(nn.Module):
+    """A frozen Conv2d with its adapter: A is a convolution like the base down to r channels, B is 1 x 1 back up."""
+
+    def __init__(self, base, r, alpha, dropout):
+        super().__init__()
+        self.base, self.scale, self.dropout = base.requires_grad_(False), alpha / r, nn.Dropout(dropout)
+        self.A = nn.Conv2d(base.in_channels, r, base.kernel_size, base.stride, base.padding, base.dilation,
+                           bias=False, padding_mode=base.padding_mode, device=base.weight.device)
+        self.B = nn.Conv2d(r, base.out_channels, 1, bias=False, device=base.weight.device)
+        nn.init.kaiming_uniform_(self.A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.B.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.B(self.A(self.dropout(x))) * self.scale
+
+    def delta(self):
+        return self.scale * torch.einsum("or,rihw->oihw", self.B.weight[:, :, 0, 0], self.A.weight)
+
+
+ADAPTERS = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
+
+
+def replace(model, name, module):
+    """Put `module` at the dotted `name` inside `model`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def inject(model, targets, r=16, alpha=16, dropout=0.0):
+    """Wrap the layers that `targets` name and return their names. A target is the full dotted name, or a pattern with
+    * (any text, dots included) ? [abc]. Only the wrapped layers are frozen here: freeze the rest with
+    `model.requires_grad_(False)` first. A and B are fp32; run a half-precision base under autocast.
+
+    Raises ValueError, before anything is changed, when a target matches nothing, or something that is neither Linear nor
+    an ungrouped Conv2d.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    names = []
+    for target in targets:
+        found = [name for name in modules if fnmatchcase(name, target)]
+        if not found:
+            raise ValueError(f"LoRA target {target!r} matches no layer of {type(model).__name__}.")
+        names += found
+    names = list(dict.fromkeys(names))                             # a layer named twice is adapted once
+    for name in names:
+        if type(modules[name]) not in ADAPTERS or getattr(modules[name], "groups", 1) != 1:
+            raise ValueError(f"LoRA target {name!r} is {modules[name]}; only Linear and Conv2d with groups=1 can be adapted.")
+    for name in names:
+        replace(model, name, ADAPTERS[type(modules[name])](modules[name], r, alpha, dropout))
+    return names
+
+
+@torch.no_grad()
+def merge(model):
+    """Fold every adapter into its base weight and drop it, for inference. Returns the names of the merged layers."""
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, (LoRALinear, LoRAConv2d))]
+    for name, module in adapted:
+        module.base.weight += module.delta()
+        replace(model, name, module.base)
+    return [name for name, _ in adapted]
+
+
+def base_state_dict(model):
+    """The state dict as if nothing had been injected: same tensors, original names, no A and B."""
+    adapters = tuple(f"{name}.{ab}." for name, module in model.named_modules()
+                     if isinstance(module, (LoRALinear, LoRAConv2d)) for ab in "AB")
+    return {key.replace(".base.", "."): tensor for key, tensor in model.state_dict().items() if not key.startswith(adapters)}
+
+
+def trained_state_dict(model):
+    """What training changes: the state dict without its frozen parameters (so buffers such as BatchNorm's stay)."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {key: tensor for key, tensor in model.state_dict().items() if key not in frozen}
+
+
+def table(model, depth=2):
+    """What trains, as text: adapted layers, trainable and all parameters per component (the first `depth` parts of a name)."""
+    rows = {}
+    for name, parameter in model.named_parameters():
+        row = rows.setdefault(".".join(name.split(".")[:depth]), [0, 0, 0])
+        row[0] += name.endswith(".A.weight")
+        row[1] += parameter.numel() * parameter.requires_grad
+        row[2] += parameter.numel()
+    rows["total"] = [sum(column) for column in zip(*rows.values())]
+    return "\n".join([f"{'component':34}{'adapted':>9}{'trainable':>15}{'parameters':>15}"] +
+                     [f"{name:34}{a:>9,}{t:>15,}{p:>15,}" for name, (a, t, p) in rows.items()])

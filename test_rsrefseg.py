@@ -1,0 +1,929 @@
+"""Tests. `python -m pytest` runs all of them; `-s` shows the measured errors.
+
+1. Parts that need no reference: file formats, metrics, schedule, hostile and broken input.
+2. Parity, live, against transformers and peft at small sizes: towers, SAM, LoRA, the whole model, forward and backward.
+3. The programs as a user runs them, and the full sizes.
+
+RSREFSEG_TOKENIZER may name SigLIP's real tokenizer.json for the golden token ids, RSREFSEG_OFFICIAL_KEYS a folder with
+official_keys_{b,l}.tsv, the keys of the released code's checkpoints.
+"""
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import data
+import evaluate
+import lora
+import rsrefseg
+import sam
+import siglip
+import train
+from rsrefseg import RSRefSeg, Size
+from sam import SAM, SAMSize
+from siglip import SigLIP, SigLIPSize
+
+HERE = Path(__file__).parent
+# Small rows in the published architecture: no stem, windows that do not divide the grid, several phrases an image.
+SMALL_SIGLIP = SigLIPSize(48, 3, 4, 96, 70, 14, 120, logit_scale=1.5, logit_bias=-1.0)
+SMALL_SAM = SAMSize(32, 4, 2, (1, 3), image=128, patch=16, window=3, prompt=32, decoder_mlp=64)
+
+
+def fill(model, seed=0):
+    """Random values of a trained model's scale for every tensor: zeros and ones of a fresh model would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and "logit" not in name:
+            values = torch.randn(tensor.shape, generator=generator)
+            values *= tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.1
+            if name.endswith(".B.weight"):                              # an adapter stays small beside what it adapts
+                values *= 0.2
+            if "norm" in name and name.endswith("weight") or name.endswith("bn.weight"):
+                values += 1
+            tensor.copy_(values.abs() + 1 if name.endswith("running_var") else values)
+    return model
+
+
+def relative(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-12)).item()
+
+
+def check(name, ours, theirs, tolerance=1e-4):
+    error = relative(ours.detach(), theirs.detach())
+    print(f"  {name:42} relative error {error:.1e} (at most {tolerance:.0e})")
+    assert ours.shape == theirs.shape and error <= tolerance, f"{name}: {error:.2e}"
+
+
+# ================================================================================================ 1. without a reference
+
+def test_metrics_by_hand():
+    # Masks of 4 pixels.      target 1100, found 1000: intersection 1, union 2, IoU 1/2, not > 0.5
+    #                         target 1111, found 1111: 4 / 4 = 1
+    #                         target 0000, found 0000: IoU 1 by definition
+    #                         target 1000, found 0111: 0 / 4 = 0
+    #                         target 1111, found 1110: 3 / 4 = 0.75
+    result = evaluate.scores([dict(intersection=i, union=u) for i, u in zip([1, 4, 0, 0, 3], [2, 4, 0, 4, 4])])
+    assert result["gIoU"] == pytest.approx(100 * (0.5 + 1 + 1 + 0 + 0.75) / 5)
+    assert result["cIoU"] == pytest.approx(100 * 8 / 14)
+    assert [result[f"Pr@{x}"] for x in evaluate.THRESHOLDS] == pytest.approx([60, 60, 60, 40, 40])
+    assert (result["samples"], result["both_empty"]) == (5, 1)
+
+
+def test_rle_by_hand_and_round_trip():
+    # 2 x 3, columns 01 | 11 | 00: one 0, three 1s, two 0s; 1 -> "1", 3 -> "3", 2 -> "2"
+    assert data.decode_rle("132", 2, 3).tolist() == [[False, True, False], [True, True, False]]
+    rng = np.random.default_rng(0)
+    for mask in (rng.random((37, 53)) > 0.5, np.zeros((5, 7), bool), np.ones((5, 7), bool)):
+        assert (data.decode_rle(data.encode_rle(mask), *mask.shape) == mask).all()
+
+
+def test_rle_equals_pycocotools():
+    coco = pytest.importorskip("pycocotools.mask")
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        h, w = rng.integers(1, 90, 2)
+        mask = data.resize_mask(rng.random((rng.integers(1, 12), rng.integers(1, 12))) > 0.5, h, w)
+        mask ^= rng.random((h, w)) > rng.choice([0.9, 0.99, 1.0])
+        theirs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+        assert data.encode_rle(mask) == theirs and (data.decode_rle(theirs, h, w) == mask).all()
+
+
+@pytest.mark.parametrize("counts", ["", "13", "1320", "13\x7f", "13o", "o", "é"])
+def test_rle_that_does_not_add_up(counts):
+    with pytest.raises(ValueError, match="run lengths"):
+        data.decode_rle(counts, 2, 3)
+
+
+class Exploit:
+    def __init__(self, call, *arguments):
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self):
+        return self.call, self.arguments
+
+
+def test_malicious_pickle_is_refused(tmp_path):
+    flag = tmp_path / "pwned"
+    for protocol in range(6):
+        for bomb in (Exploit(os.system, f"touch {flag}"), [{"a": Exploit(eval, "1 + 1")}], torch.zeros(2), np.float64(1)):
+            (tmp_path / "x.p").write_bytes(pickle.dumps(bomb, protocol))
+            with pytest.raises(ValueError, match="x.p is not a pickle of plain data"):
+                data.read_pickle(tmp_path / "x.p")
+    assert not flag.exists()
+    for broken in (b"", b"\x80\x04", b"not a pickle", pickle.dumps([1, 2, 3])[:-3]):
+        (tmp_path / "x.p").write_bytes(broken)
+        with pytest.raises(ValueError, match="x.p is not a pickle of plain data"):
+            data.read_pickle(tmp_path / "x.p")
+    plain = [dict(a=1, b="x", c=[1.5, None, True], d=(1, 2))]
+    (tmp_path / "x.p").write_bytes(pickle.dumps(plain, 2))
+    assert data.read_pickle(tmp_path / "x.p") == plain
+
+
+def test_images_of_every_mode(tmp_path):
+    ramp = np.linspace(0, 255, 30 * 20).reshape(20, 30).astype(np.uint8)
+    rgb = Image.fromarray(np.stack([ramp, ramp[::-1], ramp[:, ::-1]], -1))
+    cases = {"rgb.png": rgb, "grey.png": rgb.convert("L"), "rgba.png": rgb.convert("RGBA"), "palette.png": rgb.convert("P"), "bit.png": rgb.convert("1"),
+             "cmyk.jpg": rgb.convert("CMYK"), "la.png": rgb.convert("LA"), "16.png": Image.fromarray(ramp.astype(np.uint16) * 16),
+             "16.tif": Image.fromarray(ramp.astype(np.uint16) * 16), "32.tif": Image.fromarray(ramp.astype(np.int32)), "float.tif": Image.fromarray(ramp / np.float32(255))}
+    for name, image in cases.items():
+        image.save(tmp_path / name)
+        read = data.read_image(tmp_path / name)
+        assert read.mode == "RGB" and read.size == (30, 20), name
+        expected = np.asarray(rgb if name in ("rgb.png", "rgba.png", "palette.png", "cmyk.jpg") else rgb.convert("L").convert("RGB"))
+        if name in ("rgb.png", "rgba.png", "palette.png", "cmyk.jpg", "grey.png", "la.png"):
+            error = abs(np.asarray(read).astype(int) - expected).mean()
+            assert error <= {"palette.png": 25, "cmyk.jpg": 6}.get(name, 0), (name, error)
+    assert set(np.unique(data.read_image(tmp_path / "bit.png"))) == {0, 255}
+    for name in ("16.png", "16.tif", "32.tif", "float.tif"):
+        assert abs(np.asarray(data.read_image(tmp_path / name))[..., 0].astype(int) - ramp).max() <= 1, name
+    whole = (tmp_path / "rgb.png").read_bytes()
+    for broken in (whole[:len(whole) // 2], b"", b"text"):
+        (tmp_path / "broken.png").write_bytes(broken)
+        with pytest.raises(ValueError, match="broken.png is not a readable image"):
+            data.read_image(tmp_path / "broken.png")
+    with pytest.raises(FileNotFoundError, match="absent.png"):
+        data.read_image(tmp_path / "absent.png")
+
+
+def test_tokenize_toy_and_truncation():
+    tokenizer = data.toy_tokenizer()
+    ids, mask = siglip.tokenize(tokenizer, ["The ship.", "A  RED, ship on the left", "ship " * 100, ""])
+    assert ids.shape == mask.shape == (4, 64)
+    assert mask.sum(1).tolist() == [3, 7, 64, 1]
+    assert all(row[n - 1] == siglip.EOS for row, n in zip(ids.tolist(), mask.sum(1).tolist()))
+    assert tokenizer.decode(ids[1][mask[1]].tolist()) == "a red ship on the left </s>"
+    assert tokenizer.get_vocab_size() <= siglip.SIZES["tiny"].vocab
+    unknown = tokenizer.token_to_id("<unk>")
+    for index in range(40):
+        phrases = [phrase for _, phrase in data.toy_scene(3, index)[1]]
+        assert unknown not in siglip.tokenize(tokenizer, phrases)[0]
+
+
+def test_golden_token_ids():
+    path = os.environ.get("RSREFSEG_TOKENIZER")
+    if not path:
+        pytest.skip("RSREFSEG_TOKENIZER does not name SigLIP's tokenizer.json")
+    tokenizer = siglip.load_tokenizer(path)
+    golden = {"The baseball field on the top": [260, 6722, 942, 277, 260, 549, 1],
+              "A vehicle on the lower right of the gray ship.": [262, 266, 1410, 277, 260, 1213, 441, 267, 260, 6911, 2665, 1], "": [1]}
+    for phrase, row in golden.items():
+        assert siglip.tokenize(tokenizer, [phrase])[0].tolist() == [row]
+    assert siglip.tokenize(tokenizer, ["a <pad> b/c"])[0].tolist() == siglip.tokenize(tokenizer, ["A pad bc!"])[0].tolist()
+    ids, mask = siglip.tokenize(tokenizer, ["ship, " * 90, "a ship"])
+    assert ids.shape == (2, 64) and ids[0, -1] == 1 and mask[0].all() and mask[1].sum() == len(tokenizer.encode("a ship").ids)
+
+
+def test_schedule():
+    args = train.parse_args(["--sam", "b"])
+    rate = lambda step: train.learning_rate(step, 100, args)
+    assert rate(0) == pytest.approx(1e-6) and rate(250) == pytest.approx(1e-4 * (0.01 + 0.99 / 2)) and rate(500) == pytest.approx(1e-4)
+    assert rate(500 + 19500 // 2) == pytest.approx(1e-4 * (0.001 + 0.999 / 2)) and rate(20000) == pytest.approx(1e-7)
+    assert all(rate(s) < rate(s + 1) for s in range(499)) and all(rate(s) > rate(s + 1) for s in range(500, 19999, 50))
+
+
+def test_defaults_are_the_papers():
+    for size in ("b", "l"):
+        args = vars(train.parse_args(["--sam", size]))
+        expected = dict(epochs=200, total_batch=32, phrases=1, lr=1e-4, weight_decay=0.05, warmup_epochs=5, dice=0, map_loss=0, clip=0)
+        assert {key: args[key] for key in expected} == expected
+        assert rsrefseg.SIZES[size].lora_rank == 16 and (args["lora_alpha"], args["lora_dropout"]) == (16, 0.1)
+    assert set(train.TINY) <= set(args), "every tiny default is a flag"
+
+
+def test_lora_targets_and_errors():
+    model = nn.ModuleDict(dict(a=nn.Linear(4, 4), b=nn.Conv2d(3, 4, 3), c=nn.LayerNorm(4), d=nn.Conv2d(4, 4, 3, groups=2)))
+    assert lora.inject(model, ["a", "[ab]"], r=2) == ["a", "b"]
+    assert not model["a"].base.weight.requires_grad and model["a"].A.weight.requires_grad
+    for target, message in (("nothing.*", "matches no layer"), ("c", "only Linear and Conv2d"), ("d", "groups=1"), ("a", "only Linear")):
+        with pytest.raises(ValueError, match=message):
+            lora.inject(model, [target])
+    assert "total" in lora.table(model) and set(lora.base_state_dict(model)) == {
+        "a.weight", "a.bias", "b.weight", "b.bias", "c.weight", "c.bias", "d.weight", "d.bias"}
+
+
+def small_model(lora_rank=4, **settings):
+    return fill(RSRefSeg(Size(SMALL_SAM, SMALL_SIGLIP, lora_rank), **settings))
+
+
+def batch(images=2, phrases=1, length=7, side=SMALL_SAM.image, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 120, (images * phrases, length), generator=generator)
+    ids[:, -1] = siglip.EOS
+    coarse = torch.rand(images * phrases, 1, 4, 4, generator=generator) > 0.5
+    return torch.rand(images, 3, side, side, generator=generator), ids, F.interpolate(coarse.float(), size=(side, side)).bool()
+
+
+def test_merged_lora_is_unmerged():
+    model = small_model().eval()
+    images, ids, _ = batch()
+    before = model(images, ids)
+    names = lora.merge(model)
+    assert len(names) == 4 * 4 + 2 + 2 * 3 * 4 + 1 and not any(isinstance(m, (lora.LoRALinear, lora.LoRAConv2d)) for m in model.modules())
+    check("merged against unmerged", model(images, ids), before, 1e-5)
+
+
+def test_a_phrase_gives_the_same_mask_in_any_batch():
+    model = small_model().eval()
+    images, ids, _ = batch(1, 3, 12)
+    lengths = [5, 12, 8]
+    mask = torch.arange(12) < torch.tensor(lengths)[:, None]
+    ids = ids.scatter(1, torch.tensor(lengths)[:, None] - 1, siglip.EOS).masked_fill(~mask, siglip.EOS)
+    together = model(images, ids, mask)
+    for i, n in enumerate(lengths):
+        alone = model(images, ids[i:i + 1, :n])
+        assert (together[i] - alone[0]).abs().max() <= 1e-5 * alone.abs().max()
+    longer = model(images, F.pad(ids, (0, 4), value=siglip.EOS), F.pad(mask, (0, 4)))
+    assert (longer - together).abs().max() <= 1e-5 * together.abs().max()
+
+
+def test_phrases_of_an_image_share_its_encoding():
+    model = small_model().eval()
+    images, ids, _ = batch(2, 3)
+    one_by_one = torch.cat([model(images[i // 3:i // 3 + 1], ids[i:i + 1]) for i in range(6)])
+    check("k phrases an image against one by one", model(images, ids), one_by_one, 1e-5)
+
+
+def test_every_trainable_parameter_gets_a_gradient():
+    for rank in (4, 0):
+        model = small_model(rank, lora_dropout=0.0)
+        images, ids, masks = batch()
+        model.loss(model(images, ids), masks).backward()
+        got = {name for name, p in model.named_parameters() if p.grad is not None}
+        assert got == {name for name, p in model.named_parameters() if p.requires_grad}
+        groups = train.optimiser_groups(model, train.parse_args(["--sam", "b"]))
+        assert [group["name"] for group in groups] == (["lora", "mask prompt", "mask decoder", "prompter"] if rank else
+                                                       ["towers", "mask prompt", "mask decoder", "prompter"])
+        zero = {name for name, p in model.named_parameters() if p.requires_grad and not p.grad.any()}
+        assert all(".output_hypernetworks_mlps." in name and ".0." not in name.split("mlps")[1][:3] for name in zero), zero
+
+
+def test_a_fresh_lora_changes_nothing():
+    torch.manual_seed(0)
+    model = RSRefSeg(Size(SMALL_SAM, SMALL_SIGLIP, 4)).eval()
+    images, ids, _ = batch()
+    before = model(images, ids)
+    lora.merge(model)
+    assert torch.equal(before, model(images, ids))
+
+
+def test_checkpoint_round_trip_and_errors(tmp_path, monkeypatch):
+    model, siglip_folder, sam_folder = small_from_files(tmp_path, monkeypatch)
+    model.save(tmp_path / "x.safetensors", step=3)
+    about, tensors = rsrefseg.read_checkpoint(tmp_path / "x.safetensors")
+    assert about["step"] == 3 and set(tensors) == {name for name, p in model.named_parameters() if p.requires_grad} | {name for name, _ in model.named_buffers() if not name.endswith(("mean", "std")) or "running" in name}
+    again = RSRefSeg.from_checkpoint(tmp_path / "x.safetensors")
+    images, ids, _ = batch()
+    assert torch.equal(model.eval()(images, ids), again(images, ids))
+
+    with pytest.raises(ValueError, match="x.safetensors was trained as .*this model is .*--sam small"):
+        RSRefSeg("tiny").load_trained(tmp_path / "x.safetensors")
+    with pytest.raises(FileNotFoundError, match="absent.safetensors: no such checkpoint"):
+        RSRefSeg.from_checkpoint(tmp_path / "absent.safetensors")
+    whole = (tmp_path / "x.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="cut.safetensors is not a whole checkpoint"):
+        RSRefSeg.from_checkpoint(tmp_path / "cut.safetensors")
+    with pytest.raises(ValueError, match="no checkpoint of train.py"):
+        RSRefSeg.from_checkpoint(sam_folder / "model.safetensors")
+
+
+def save_backbones(model, folder):
+    """The towers of a model as two folders in Hugging Face layout."""
+    from safetensors.torch import save_file
+    base = lora.base_state_dict(model)
+    for name in ("siglip", "sam"):
+        (folder / name).mkdir(exist_ok=True)
+        tensors = {k.removeprefix(f"{name}."): v.contiguous() for k, v in base.items() if k.startswith(f"{name}.")}
+        pooling = {k: torch.randn(3, 2) for k in siglip.UNUSED} if name == "siglip" else {}
+        save_file(tensors | pooling, folder / name / "model.safetensors")
+    return folder / "siglip", folder / "sam"
+
+
+@pytest.mark.parametrize("module, build", [(siglip, lambda: SigLIP(SMALL_SIGLIP)), (sam, lambda: SAM(SMALL_SAM))])
+def test_weight_files_are_compared_exactly(tmp_path, module, build):
+    from safetensors.torch import save_file
+    source, target = fill(build()), build()
+    tensors = {k: v.contiguous() for k, v in source.state_dict().items()}
+    extra = {name: torch.zeros(3) for name in module.UNUSED}
+    save_file(tensors | extra, tmp_path / "model.safetensors")
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        module.load_weights(target.state_dict(), path)
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values()))
+    first = next(iter(tensors))
+    for wrong, message in ((tensors | {"stray": torch.zeros(2)}, r"stray: file \(2,\), model lacks it"),
+                           ({k: v for k, v in tensors.items() if k != first}, f"{re.escape(first)}: file lacks it"),
+                           (tensors | {first: torch.zeros(5, 5)}, re.escape(first))):
+        save_file(wrong, tmp_path / "wrong.safetensors")
+        with pytest.raises(ValueError, match=f"(?s)wrong.safetensors.*1 tensors do not fit.*{message}"):
+            module.load_weights(target.state_dict(), tmp_path / "wrong.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="cut.safetensors is not a whole safetensors file"):
+        module.load_weights(target.state_dict(), tmp_path / "cut.safetensors")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        module.load_weights(target.state_dict(), tmp_path / "absent")
+
+
+def test_weights_that_cannot_be_had_say_so(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="--sam tiny. needs no weights"):
+        rsrefseg.fetch(tmp_path, "model.safetensors")
+    with pytest.raises(FileNotFoundError, match="--sam tiny. needs no weights"):
+        rsrefseg.fetch("no/such/folder", "model.safetensors")
+    code = "import rsrefseg; rsrefseg.fetch('facebook/sam-vit-base', 'model.safetensors')"
+    offline = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=dict(os.environ, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)), capture_output=True, text=True)
+    assert "FileNotFoundError: cannot fetch model.safetensors of facebook/sam-vit-base" in offline.stderr.splitlines()[-1]
+
+
+def small_from_files(tmp_path, monkeypatch):
+    """A size "small" with weight files on disk, the pooling head among them -> model, SigLIP's folder, SAM's folder."""
+    monkeypatch.setitem(rsrefseg.SIZES, "small", Size("small", "small", 4))
+    monkeypatch.setitem(sam.SIZES, "small", SMALL_SAM)
+    monkeypatch.setitem(siglip.SIZES, "small", SMALL_SIGLIP)
+    monkeypatch.setitem(rsrefseg.SAM_HUB, "small", "nobody/nothing")
+    model = fill(RSRefSeg("small"))
+    folders = save_backbones(model, tmp_path)
+    data.toy_tokenizer().save(str(folders[0] / "tokenizer.json"))
+    return model.load_backbones(*folders), *folders
+
+
+def test_official_layout_round_trip(tmp_path, monkeypatch):
+    """Out in the released code's layout and back, exactly; every key accounted for; foreign and cut files refused."""
+    model, siglip_folder, _ = small_from_files(tmp_path, monkeypatch)
+    images, ids, _ = batch()
+    logits = model.eval()(images, ids)
+    model.export_official(tmp_path / "a.pth")
+    state = torch.load(tmp_path / "a.pth", weights_only=True)
+    for path, wrapped in (("plain.pth", state), ("lightning.pth", {"state_dict": state}), ("deepspeed.pth", {"module": state, "epoch": 3})):
+        torch.save(wrapped, tmp_path / path)
+        again = RSRefSeg.load_official(tmp_path / path, siglip_folder)
+        assert torch.equal(again(images, ids), logits)
+    again.export_official(tmp_path / "b.safetensors")
+    from safetensors.torch import load_file
+    back = load_file(tmp_path / "b.safetensors")
+    assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
+    assert torch.equal(RSRefSeg.load_official(tmp_path / "b.safetensors", siglip_folder)(images, ids), logits)
+    key = "prompter_down_spatial.2.conv.weight"
+    for name, wrong, message in (("stray.pth", state | {"stray": torch.zeros(1)}, "1 keys missing.*stray"),
+                                 ("less.pth", {k: v for k, v in state.items() if k != key}, f"1 keys missing.*{key}"),
+                                 ("shape.pth", state | {key: torch.zeros(2)}, key), ("foreign.pth", {"a": torch.zeros(1)}, "no checkpoint of the released code"),
+                                 ("list.pth", [1], "holds a list")):
+        torch.save(wrong, tmp_path / name)
+        with pytest.raises(ValueError, match=f"(?s){name}.*{message}"):
+            RSRefSeg.load_official(tmp_path / name, siglip_folder)
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:-5000])
+    with pytest.raises(ValueError, match="cut.pth is not a whole file of plain tensors"):
+        RSRefSeg.load_official(tmp_path / "cut.pth", siglip_folder)
+
+
+@pytest.mark.parametrize("size", ["b", "l"])
+def test_official_keys_at_full_size(size):
+    """Every key and shape of the released code's checkpoints, without allocating them."""
+    folder = os.environ.get("RSREFSEG_OFFICIAL_KEYS")
+    if not folder:
+        pytest.skip("RSREFSEG_OFFICIAL_KEYS does not name a folder with official_keys_{b,l}.tsv (key, shape, trainable)")
+    rows = [line.split("\t") for line in (Path(folder) / f"official_keys_{size}.tsv").read_text().splitlines()[1:]]
+    official = {key: tuple(map(int, filter(None, shape.split(",")))) for key, shape, _ in rows}
+    with torch.device("meta"):
+        model = RSRefSeg(size)
+    ours = {rsrefseg.official_name(key, 2): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    unused = official.keys() - ours.keys()
+    assert unused == rsrefseg.pooling_names().keys() | {rsrefseg.POSITION_ALIAS} and not ours.keys() - official.keys()
+    assert {key: shape for key, shape in official.items() if key in ours} == ours
+    print(f"  {size}: {len(ours)} keys and shapes as in the released code, {len(unused)} unused")
+
+
+# ============================================================================================================= the data
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A toy RRSIS-D of 24 + 8 + 8 scenes, written through the command."""
+    root = tmp_path_factory.mktemp("toy")
+    subprocess.run([sys.executable, HERE / "data.py", "toy", root, "--train", "24", "--val", "8", "--test", "8", "--seed", "5"], check=True)
+    return root
+
+
+def test_toy_has_the_published_layout(toy):
+    refs = data.read_pickle(toy / "rrsisd" / "refs(unc).p")
+    assert set(refs[0]) == {"image_id", "split", "sentences", "file_name", "category_id", "ann_id", "sent_ids", "ref_id"}
+    instances = json.loads((toy / "rrsisd" / "instances.json").read_text())
+    assert [row["name"] for row in instances["categories"]] == data.CATEGORIES and len(instances["categories"]) == 20
+    annotation = {row["id"]: row for row in instances["annotations"]}
+    for ref in refs:
+        row = annotation[ref["ann_id"]]
+        mask = data.decode_rle(row["segmentation"][0]["counts"], *row["segmentation"][0]["size"])
+        ys, xs = np.nonzero(mask)
+        assert row["bbox"] == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] and row["categories_id"] == ref["category_id"]
+    assert {split: len(data.RRSISD(toy, split, 96)) for split in ("train", "val", "test")} == {"train": 96, "val": 32, "test": 32}
+
+
+def matches(things, phrase, drop=()):
+    """The things that a phrase fits, read from its words alone; `drop` ignores colour, size, place or relation."""
+    head, _, anchor = phrase.lower().partition(" of the ")
+    words, _, where = head.partition(" on the ") if " on the " in head else head.partition(" in the ")
+    fits = [t for t in things if data.TOY[t.category][0] in words
+            and ("colour" in drop or not any(c in words.split() for c in data.COLOURS) or t.colour in words.split())
+            and ("size" in drop or not any(z in words.split() for z in data.SIZES) or t.size in words.split())]
+    vertical = {"top": -1, "upper": -1, "bottom": 1, "lower": 1}
+    side = np.array([sum({"left": -1, "right": 1}.get(w, 0) for w in where.split()), sum(vertical.get(w, 0) for w in where.split())], float)
+    if anchor and "relation" not in drop:
+        (anchor,) = matches(things, f"the {anchor}")
+        offset = lambda t: np.array([t.x - anchor.x, t.y - anchor.y])
+        return [t for t in fits if t is not anchor and offset(t) @ side / np.linalg.norm(side) > 0.8 * np.linalg.norm(offset(t))]
+    if where == "middle" and "place" not in drop:
+        return [t for t in fits if max(abs(t.x - 0.5), abs(t.y - 0.5)) < 0.2]
+    if where and not anchor and "place" not in drop:
+        return [t for t in fits if all(s == 0 or s * (c - 0.5) > 0.03 for s, c in zip(side, (t.x, t.y)))]
+    return fits
+
+
+def test_toy_is_deterministic():
+    (image, rows), (again, _), (other, _) = data.toy_scene(1, 7), data.toy_scene(1, 7), data.toy_scene(2, 7)
+    assert image.tobytes() == again.tobytes() != other.tobytes() and len(rows) == 4
+    for index in range(60):
+        _, rows = data.toy_scene(0, index)
+        for i, (thing, _) in enumerate(rows):
+            assert 40 < thing.mask.sum() < 0.1 * thing.mask.size and not any((thing.mask & other.mask).any() for other, _ in rows[:i])
+
+
+def test_toy_phrases_name_one_thing_and_need_their_words():
+    beside, needed, n = 0, dict.fromkeys(("colour", "size", "place", "relation"), 0), 0
+    for index in range(400):
+        rng = np.random.default_rng([9, index])
+        things, _, _ = data.arrange(rng)
+        for thing in things:
+            if phrase := data.choose_phrase(rng, things, thing):
+                assert matches(things, phrase) == [thing], (phrase, things)
+                n, beside = n + 1, beside + any(t is not thing and t.category == thing.category for t in things)
+                for word in needed:
+                    needed[word] += len(matches(things, phrase, drop=(word,))) > 1
+    print(f"  of {n} phrases {beside / n:.0%} beside a thing of the target's class; ambiguous without their", {k: f"{v / n:.0%}" for k, v in needed.items()})
+    assert beside / n > 0.7 and min(needed.values()) / n > 0.06
+
+
+def test_unique_phrases_by_hand():
+    thing = lambda category, colour, size, x, y: data.Thing(category, colour, size, x, y, 0)
+    left, right, tank = thing("ship", "red", "small", 0.2, 0.5), thing("ship", "red", "small", 0.8, 0.5), thing("storagetank", "gray", "large", 0.5, 0.5)
+    found = data.phrases_for([left, right, tank], left)
+    assert "attribute" not in found and "ship on the left" in found["place"] and "ship on the left of the storage tank" in found["relation"]
+    assert not any("right" in phrase for phrase in found["place"] + found["relation"])
+    assert data.phrases_for([left, right, tank], tank)["attribute"][0] == "storage tank"
+
+
+def test_reader_items(toy):
+    one, four = data.RRSISD(toy, "val", 96), data.RRSISD(toy, "val", 96, phrases=4)
+    assert (len(one), len(four), len(one.refs)) == (32, 8, 32) and "32 phrases on 8 images" in str(one)
+    items = [four[0], four[1]]
+    merged = data.collate(items)
+    assert merged["images"].shape == (2, 3, 96, 96) and merged["images"].dtype == torch.uint8
+    assert merged["masks"].shape == (8, 1, 96, 96) and merged["masks"].dtype == torch.bool
+    assert [m.shape for m in merged["originals"]] == [(256, 256)] * 8 and len(merged["refs"]) == 8
+    for i in range(4):
+        assert one[i]["refs"][0] == merged["refs"][i] and torch.equal(one[i]["masks"][0], merged["masks"][i])
+    three = data.RRSISD(toy, "val", 96, phrases=3)
+    assert len(three) == 16 and [ref.ref_id - three.items[1][0].ref_id for ref in three.items[1]] == [0, -3, -2]
+    cached = data.RRSISD(toy, "val", 96, phrases=4, cache=True)
+    assert cached[0] is not cached[1] and torch.equal(cached[0]["masks"], cached[0]["masks"]) and cached[0]["originals"] is None
+
+
+def damaged(toy, tmp_path, change):
+    """A copy of the toy set with `change(refs, instances, folder)` applied to it."""
+    shutil.copytree(toy, tmp_path / "copy")
+    files = tmp_path / "copy" / "rrsisd" / "refs(unc).p", tmp_path / "copy" / "rrsisd" / "instances.json"
+    refs, instances = data.read_pickle(files[0]), json.loads(files[1].read_text())
+    change(refs, instances, tmp_path / "copy" / "images" / "rrsisd" / "JPEGImages")
+    files[0].write_bytes(pickle.dumps(refs))
+    files[1].write_text(json.dumps(instances))
+    return tmp_path / "copy"
+
+
+def set_counts(instances, counts):
+    instances["annotations"][0]["segmentation"][0]["counts"] = counts
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda refs, instances, folder: refs[0]["sentences"][0].update(sent=" "), "ref_id 0 .00000.jpg. has an empty phrase"),
+    (lambda refs, instances, folder: (folder / "00003.jpg").unlink(), "1 images of the train split are missing: 00003.jpg"),
+    (lambda refs, instances, folder: (folder / "00000.jpg").write_bytes((folder / "00000.jpg").read_bytes()[:900]), "00000.jpg is not a readable image"),
+    (lambda refs, instances, folder: set_counts(instances, "132"), "mask of ref_id 0 .00000.jpg.: run lengths add up"),
+    (lambda refs, instances, folder: instances["annotations"].pop(0), "do not fit together: KeyError"),
+    (lambda refs, instances, folder: [ref.update(split="val") for ref in refs], "no phrases in its 'train' split"),
+])
+def test_broken_data_names_the_file_and_the_cure(toy, tmp_path, change, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        data.RRSISD(damaged(toy, tmp_path, change), "train", 96)[0]
+
+
+def test_missing_data_says_how_to_get_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"(?s)refs\(unc\).p is missing.*VoyageWang/rrsis-d.*--sam tiny"):
+        data.RRSISD(tmp_path, "train", 96)
+
+
+def test_mask_follows_an_image_of_another_size(toy, tmp_path):
+    def enlarge(refs, instances, folder):
+        Image.open(folder / "00000.jpg").resize((256, 257)).save(folder / "00000.jpg")
+    item = data.RRSISD(damaged(toy, tmp_path, enlarge), "train", 96)[0]
+    assert item["originals"][0].shape == (257, 256)
+    before = data.RRSISD(toy, "train", 96)[0]["originals"][0]
+    assert (item["originals"][0][:256] == before).mean() > 0.99
+
+
+# ======================================================================================= 2. parity with transformers + peft
+
+def reference_siglip(size):
+    transformers = pytest.importorskip("transformers")
+    tower = dict(hidden_size=size.width, intermediate_size=size.mlp, num_hidden_layers=size.layers, num_attention_heads=size.heads)
+    return transformers.SiglipModel(transformers.SiglipConfig(
+        text_config=dict(tower, vocab_size=size.vocab, max_position_embeddings=64, projection_size=size.width),
+        vision_config=dict(tower, image_size=size.image, patch_size=size.patch))).eval()
+
+
+def reference_sam(size):
+    transformers = pytest.importorskip("transformers")
+    c = size.prompt
+    return transformers.SamModel(transformers.SamConfig(
+        vision_config=dict(hidden_size=size.width, num_hidden_layers=size.layers, num_attention_heads=size.heads, image_size=size.image, patch_size=size.patch,
+                           output_channels=c, window_size=size.window, global_attn_indexes=list(size.global_layers), num_pos_feats=c // 2),
+        prompt_encoder_config=dict(hidden_size=c, image_size=size.image, patch_size=size.patch),
+        mask_decoder_config=dict(hidden_size=c, mlp_dim=size.decoder_mlp, iou_head_hidden_dim=c))).eval()
+
+
+def transfer(ours, theirs, unused):
+    """Copy our weights into the reference, requiring that the names match but for `unused`."""
+    missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert not unexpected and set(missing) <= unused, (missing, unexpected)
+    return theirs
+
+
+def test_siglip_parity():
+    ours = fill(SigLIP(SMALL_SIGLIP)).eval()
+    theirs = transfer(ours, reference_siglip(SMALL_SIGLIP), siglip.UNUSED)
+    images, ids, _ = batch(side=70, length=9)
+    v = theirs.vision_model((images - 0.5) / 0.5).last_hidden_state
+    check("SigLIP image features", ours.encode_image(images), v.transpose(1, 2).unflatten(2, (5, 5)))
+    text = theirs.text_model(input_ids=ids)
+    t, s = ours.encode_text(ids)
+    check("SigLIP words", t, text.last_hidden_state)
+    check("SigLIP sentence", s, text.pooler_output)
+    mask = torch.arange(9) < torch.tensor([[6], [9]])
+    t, s = ours.encode_text(ids.masked_fill(~mask, 1).scatter(1, torch.tensor([[5], [8]]), 1), mask)
+    alone = theirs.text_model(input_ids=ids[:1, :6].scatter(1, torch.tensor([[5]]), 1))
+    check("SigLIP sentence of a padded phrase", s[:1], alone.pooler_output)
+    check("SigLIP words of a padded phrase", t[:1, :6], alone.last_hidden_state)
+
+
+def prompts(kinds, images=3):
+    generator = torch.Generator().manual_seed(4)
+    points = torch.rand(images, 3, 2, generator=generator) * SMALL_SAM.image
+    labels = torch.tensor([[1, 0, 1], [1, 1, -1], [0, -1, -1]])[:images]
+    corners = (torch.rand(images, 2, 2, generator=generator) * SMALL_SAM.image).sort(1).values.flatten(1)
+    masks = torch.randn(images, 1, 32, 32, generator=generator)
+    return {name: value for name, value in dict(points=points, labels=labels, boxes=corners, masks=masks).items() if name in kinds}
+
+
+@pytest.mark.parametrize("multimask", [True, False])
+@pytest.mark.parametrize("kinds", [("points", "labels"), ("boxes",), ("masks",), ("points", "labels", "boxes"), ("points", "labels", "boxes", "masks"), ()])
+def test_sam_parity(kinds, multimask):
+    ours = fill(SAM(SMALL_SAM)).eval()
+    theirs = transfer(ours, reference_sam(SMALL_SAM), sam.UNUSED)
+    theirs.prompt_encoder.shared_embedding.positional_embedding = theirs.shared_image_embedding.positional_embedding
+    images, given = batch(3)[0], prompts(kinds)
+    masks, iou = ours(images, **given, multimask=multimask)
+    pixels = (images - ours.mean) / ours.std
+    check("SAM image features", ours.encode_image(images), theirs.get_image_embeddings(pixels))
+    wrapped = {"points": "input_points", "labels": "input_labels", "boxes": "input_boxes"}
+    given = {wrapped.get(name, "input_masks"): value[:, None] if name in wrapped else value for name, value in given.items()}
+    result = theirs(pixel_values=pixels, **given, multimask_output=multimask)
+    name = f"{'+'.join(k for k in kinds if k != 'labels') or 'no prompt'}{', multimask' * multimask}"
+    check(f"SAM masks, {name}", masks, result.pred_masks[:, 0])
+    check(f"SAM iou, {name}", iou, result.iou_scores[:, 0])
+
+
+def test_sam_batch_is_its_images_one_by_one():
+    model = fill(SAM(SMALL_SAM)).eval()
+    images, given = batch(3)[0], prompts(("points", "labels", "boxes", "masks"))
+    masks, _ = model(images, **given)
+    singles = [model(images[i:i + 1], **{name: value[i:i + 1] for name, value in given.items()})[0] for i in range(3)]
+    check("SAM batch against singles", masks, torch.cat(singles), 1e-5)
+    with pytest.raises(ValueError, match="128 x 128 pixels, got .64, 64.*resize"):
+        model.encode_image(images[..., :64, :64])
+
+
+def test_relative_position_is_the_bias_it_stands_for():
+    # The plain form: an N x N bias q.Rh + q.Rw, written out in float64.
+    model = fill(sam.Attention(32, 2, 5)).double()
+    x = torch.randn(2, 5, 5, 32, dtype=torch.float64)
+    q, k, v = model.qkv(x).reshape(2, 25, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    place = torch.cartesian_prod(torch.arange(5), torch.arange(5))
+    rh, rw = (table[(place[:, None, i] - place[None, :, i]) + 4] for i, table in enumerate((model.rel_pos_h, model.rel_pos_w)))
+    bias = torch.einsum("bhnd,nmd->bhnm", q, rh + rw)
+    y = torch.softmax(q @ k.transpose(2, 3) / 4 + bias, -1) @ v
+    check("relative position", model(x), model.proj(y.transpose(1, 2).reshape(2, 5, 5, 32)), 1e-12)
+
+
+@pytest.mark.parametrize("layer, shape", [(lambda: nn.Linear(12, 20), (5, 12)), (lambda: nn.Conv2d(6, 10, 3, stride=2, padding=1), (2, 6, 9, 9)),
+                                          (lambda: nn.Conv2d(6, 10, 1, bias=False), (2, 6, 9, 9))])
+def test_lora_parity(layer, shape):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = layer()
+    ours, theirs = nn.ModuleDict({"x": base}), nn.ModuleDict({"x": layer()})
+    theirs["x"].load_state_dict(base.state_dict())
+    lora.inject(ours, ["x"], r=4, alpha=6)
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=6, target_modules=["x"]), theirs)
+    fill(ours)
+    theirs["x"].load_state_dict({peft_name(k): v for k, v in ours["x"].state_dict().items()})
+    x = torch.randn(shape)
+    a, b = ours["x"](x), theirs["x"](x)
+    check(f"LoRA {type(base).__name__}", a, b, 1e-5)
+    a.square().sum().backward(), b.square().sum().backward()
+    for ab in "AB":
+        check(f"LoRA {type(base).__name__} gradient of {ab}", getattr(ours["x"], ab).weight.grad, theirs["x"].get_submodule(f"lora_{ab}.default").weight.grad, 1e-5)
+    theirs["x"].merge()
+    lora.merge(ours)
+    check(f"LoRA {type(base).__name__} merged weight", ours["x"].weight, theirs["x"].base_layer.weight, 1e-5)
+
+
+def peft_name(name):
+    return re.sub(r"(^|\.)([AB])\.weight$", r"\1lora_\2.default.weight", re.sub(r"(^|\.)base\.", r"\1base_layer.", name))
+
+
+class Assembly(nn.Module):
+    """The published model, put together from transformers' and peft's parts. Phrases of one length, one an image."""
+
+    def __init__(self, size):
+        super().__init__()
+        peft = pytest.importorskip("peft")
+        self.siglip, self.sam = reference_siglip(size.siglip), reference_sam(size.sam)
+        for tower, pattern in () if not size.lora_rank else ((self.sam.vision_encoder, r"(layers\.\d+\.(attn\.(qkv|proj)|mlp\.lin[12]))|(neck\.conv[12])"),
+                               (self.siglip.vision_model, r"encoder\.layers\.\d+\.self_attn\.\w+_proj"),
+                               (self.siglip.text_model, r"(encoder\.layers\.\d+\.self_attn\.\w+_proj)|(head)")):
+            peft.inject_adapter_in_model(peft.LoraConfig(r=size.lora_rank, lora_alpha=16, lora_dropout=0.0, target_modules=pattern), tower)
+        d, c = size.siglip.width, size.sam.prompt
+        conv = lambda a, b, k, s, p: nn.ModuleDict(dict(conv=nn.Conv2d(a, b, k, s, p, bias=False), bn=nn.BatchNorm2d(b)))
+        self.prompter = nn.ModuleDict(dict(channel=conv(3 * d, c, 1, 1, 0), spatial=nn.ModuleList([conv(c, c, 3, 2, 1) for _ in range(2)]), project=nn.Conv2d(c, c, 1)))
+
+    def position_code(self, n):
+        centre = (torch.arange(n) + 0.5) / n
+        grid = torch.stack(torch.meshgrid(centre, centre, indexing="xy"), -1)                    # (x, y)
+        return self.sam.shared_image_embedding(grid).permute(2, 0, 1)[None]
+
+    def forward(self, images, ids):
+        f_sam = self.sam.vision_encoder((images - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))[0]
+        side = self.siglip.config.vision_config.image_size
+        small = F.interpolate((images - 0.5) / 0.5, size=(side, side), mode="bilinear", align_corners=False)
+        v = self.siglip.vision_model(small).last_hidden_state
+        g = math.isqrt(v.shape[1])
+        v = v.transpose(1, 2).unflatten(2, (g, g))
+        text = self.siglip.text_model(input_ids=ids)
+        t, s = text.last_hidden_state, text.pooler_output
+        scale, bias = self.siglip.logit_scale.exp(), self.siglip.logit_bias
+        cosine = torch.cosine_similarity(v[:, None], torch.cat([t, s[:, None]], 1)[..., None, None], dim=2)       # words, then the sentence
+        logits = cosine * scale + bias
+        words, sentence = logits[:, :-1].sigmoid(), logits[:, -1:]
+        x = torch.cat([(v + v * words.mean(1, keepdim=True)) / 2, v * sentence.sigmoid(), v], 1)
+        block = lambda m, x: F.gelu(m["bn"](m["conv"](x)))
+        x = block(self.prompter["channel"], x) + self.position_code(g)
+        for m in self.prompter["spatial"]:
+            x = block(m, x)
+        sparse = self.prompter["project"](x).flatten(2).transpose(1, 2)
+        e = f_sam.shape[-1]
+        _, dense = self.sam.prompt_encoder(input_points=None, input_labels=None, input_boxes=None,
+                                           input_masks=F.interpolate(sentence, size=(4 * e, 4 * e), mode="bilinear", align_corners=False))
+        masks = self.sam.mask_decoder(image_embeddings=f_sam, image_positional_embeddings=self.position_code(e).expand(len(images), -1, -1, -1),
+                                      sparse_prompt_embeddings=sparse[:, None], dense_prompt_embeddings=dense, multimask_output=False)[0]
+        return masks[:, 0], dict(f_sam=f_sam, v=v, t=t, s=s, word_map=words, sentence_map=sentence[:, 0], sparse=sparse, dense=dense)
+
+
+@pytest.mark.parametrize("mode, rank", [("eval", 4), ("train", 4), ("train", 0)])
+def test_rsrefseg_parity(mode, rank):
+    """Rank 4: LoRA on frozen towers, as b and l train. Rank 0: every weight of the towers trains, as tiny does."""
+    ours, theirs = small_model(rank, lora_dropout=0.0), Assembly(Size(SMALL_SAM, SMALL_SIGLIP, rank))
+    missing, unexpected = theirs.load_state_dict({peft_name(k): v for k, v in ours.state_dict().items()}, strict=False)
+    assert not unexpected and {key.split(".", 1)[1].replace(".base_layer", "") for key in missing} <= siglip.UNUSED | sam.UNUSED
+    assert not any("lora_" in key for key in missing)
+    ours.train(mode == "train"), theirs.train(mode == "train")
+    images, ids, masks = batch(3, 1, 9)
+    taps, (logits, stages) = {}, theirs(images, ids)
+    mine = ours(images, ids, taps=taps)
+    for name, value in stages.items():
+        check(f"{mode}: {name}", taps[name], value)
+    check(f"{mode}: mask logits", mine, logits)
+    mode = f"{mode}, rank {rank}"
+    theirs_loss = 5 * F.binary_cross_entropy_with_logits(F.interpolate(logits, size=masks.shape[2:], mode="bilinear", align_corners=False), masks.float())
+    ours_loss = ours.loss(mine, masks)
+    check(f"{mode}: loss", ours_loss, theirs_loss, 1e-5)
+    ours_loss.backward(), theirs_loss.backward()
+    reference = dict(theirs.named_parameters())
+    errors, parameters = {}, dict(ours.named_parameters())
+    for name, parameter in parameters.items():
+        if name.endswith("k_proj.bias") and parameter.requires_grad:    # softmax cancels it: the gradient is 0 but for rounding
+            scale = 1e-4 * parameters[name.replace("bias", "weight")].grad.norm()
+            assert parameter.grad.norm() < scale and reference[peft_name(name)].grad.norm() < scale
+        elif parameter.requires_grad:
+            gradient = reference[peft_name(name)].grad
+            errors[name] = relative(parameter.grad, gradient) if gradient.any() else parameter.grad.abs().max().item()
+    worst = max(errors, key=errors.get)
+    print(f"  {mode}: {len(errors)} gradients, worst {worst} relative error {errors[worst]:.1e} (at most 1e-04)")
+    assert all(error <= 1e-4 for error in errors.values()) and len(errors) > 150
+    if ours.training:
+        for (name, buffer), other in zip(ours.prompter.named_buffers(), theirs.prompter.buffers()):
+            check(f"train: {name}", buffer.float(), other.float())
+
+
+# ==================================================================================================== 3. as a user runs it
+
+def run(*arguments, cwd=HERE, fails=False):
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def trained(toy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    text = run(HERE / "train.py", "--sam", "tiny", "--data", toy, "--out", out, "--epochs", 2, "--log-every", 2)
+    assert "towers" in text and "best -> " in text and "test  | gIoU" in text
+    return out
+
+
+def test_train_writes_what_it_says(trained):
+    rows = [json.loads(row) for row in (trained / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [2, 4, 6] and rows[-1]["kind"] == "test" and rows[-1]["samples"] == 32
+    assert {path.name for path in trained.iterdir()} >= {"last.safetensors", "best.safetensors", "resume.pt", "log.jsonl"}
+    about, _ = rsrefseg.read_checkpoint(trained / "last.safetensors")
+    assert about["step"] == 6 and about["args"]["sam"] == "tiny" and "tokenizer" in about
+
+
+def test_resume_continues_the_run(toy, tmp_path):
+    common = [HERE / "train.py", "--sam", "tiny", "--data", toy, "--epochs", 2, "--log-every", 1]
+    run(*common, "--out", tmp_path / "a")
+    stop = "import train, sys; train.save_atomically, keep = lambda state, path: (keep(state, path), sys.exit(0) if state['step'] == 3 else None), train.save_atomically; train.main(sys.argv[1:])"
+    run("-c", stop, *common[1:], "--out", tmp_path / "b")
+    text = run(*common, "--out", tmp_path / "b", "--resume")
+    assert "resumed" in text and "at step 3" in text
+    (_, a), (_, b) = (rsrefseg.read_checkpoint(tmp_path / name / "last.safetensors") for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert "c holds no run to resume" in run(*common, "--out", tmp_path / "c", "--resume", fails=True)
+    assert "a already holds a run: continue it with --resume" in run(*common, "--out", tmp_path / "a", fails=True)
+
+
+def test_evaluate_command(trained):
+    text = run(HERE / "evaluate.py", trained / "best.safetensors")
+    assert "| storagetank |" in text and "test | gIoU" in text and "32 phrases" in text
+    report = json.loads((trained / "best.test.json").read_text())
+    by_hand = np.mean([row["intersection"] / row["union"] for row in report["samples"]])
+    assert report["metrics"]["gIoU"] == pytest.approx(100 * by_hand) and len(report["samples"]) == 32
+    assert Image.open(trained / "best.test.jpg").width > 1000
+    shuffled = run(HERE / "evaluate.py", trained / "best.safetensors", "--split", "val", "--shuffle-phrases")
+    assert "val with shuffled phrases | gIoU" in shuffled
+    plain, mixed = report, json.loads((trained / "best.val.shuffled.json").read_text())
+    refs = data.RRSISD(plain["data"], "val", 96).refs
+    assert [row["phrase"] for row in mixed["samples"]] == [ref.phrase for ref in refs[16:] + refs[:16]]
+    assert [row["ref_id"] for row in mixed["samples"]] == [ref.ref_id for ref in refs]
+
+
+def test_segment_command_and_method(trained, toy, tmp_path):
+    photo = Image.open(next((toy / "images/rrsisd/JPEGImages").glob("*.jpg"))).resize((130, 75))
+    photo.save(tmp_path / "photo.png")
+    text = run(HERE / "rsrefseg.py", tmp_path / "photo.png", "the ship", "A red vehicle, on the left!", "ship " * 100, "--checkpoint", trained / "last.safetensors", "--out", tmp_path / "out")
+    for stem in ("photo_1_the_ship", "photo_2_a_red_vehicle_on_the_left", "photo_3_" + "_".join(["ship"] * 12)):
+        assert f"{stem}_mask.png" in text and Image.open(tmp_path / "out" / f"{stem}_mask.png").size == (130, 75)
+        assert Image.open(tmp_path / "out" / f"{stem}_overlay.png").size == (130, 75)
+    model = RSRefSeg.from_checkpoint(trained / "last.safetensors")
+    calls = []
+    model.sam.vision_encoder.register_forward_hook(lambda *_: calls.append(1))
+    masks = model.segment(photo, ["the ship", "the red vehicle on the left", "a tennis court"])
+    assert masks.shape == (3, 75, 130) and masks.dtype == torch.bool and len(calls) == 1
+    assert torch.equal(masks[:1], model.segment(tmp_path / "photo.png", ["the ship"]))
+    with pytest.raises(ValueError, match=r"phrase '!\?' is empty"):
+        model.segment(photo, ["ship", "!?"])
+    with pytest.raises(ValueError, match="3 phrases for 2 images"):
+        model(torch.rand(2, 3, 96, 96), torch.ones(3, 4, dtype=torch.long))
+
+
+def test_lora_training_from_weight_files(toy, tmp_path, monkeypatch, capsys):
+    """The way of b and l through train.py at small size: frozen towers from files, accumulation, autocast, workers."""
+    _, siglip_folder, sam_folder = small_from_files(tmp_path, monkeypatch)
+    for amp in ("bf16", "off"):
+        train.main(["--sam", "small", "--data", str(toy), "--out", str(tmp_path / amp), "--siglip", str(siglip_folder), "--sam-weights", str(sam_folder),
+                    "--batch-size", "8", "--total-batch", "16", "--amp", amp, "--workers", "1", "--epochs", "3", "--warmup-epochs", "1", "--lr", "1e-3", "--log-every", "6"])
+        rows = [json.loads(row) for row in (tmp_path / amp / "log.jsonl").read_text().splitlines()]
+        losses = [row["loss"] for row in rows if row["kind"] == "train"]
+        print(f"  small with LoRA, {amp}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+        assert len(losses) == 3 and losses[-1] < losses[0]
+    assert "optimiser group lora: 86 tensors" in capsys.readouterr().out
+    _, tensors = rsrefseg.read_checkpoint(tmp_path / "bf16" / "last.safetensors")
+    assert not any(".base." in name or "embeddings" in name for name in tensors)
+    trained = RSRefSeg.from_checkpoint(tmp_path / "bf16" / "last.safetensors")
+    assert any(module.B.weight.any() for module in trained.modules() if isinstance(module, lora.LoRALinear))
+    with pytest.raises(FileNotFoundError, match="tokenizer.json is missing.*--sam tiny. needs no weights"):
+        train.main(["--sam", "small", "--data", str(toy), "--out", str(tmp_path / "x"), "--siglip", str(tmp_path)])
+
+
+def test_tiny_learns_to_follow_the_phrase(toy, tmp_path):
+    """Half a minute on the 24 training scenes: it must fit them, and fail them when the phrases are exchanged."""
+    run(HERE / "train.py", "--sam", "tiny", "--data", toy, "--out", tmp_path, "--epochs", 60, "--val-every", 60, "--warmup-epochs", 4)
+    model = RSRefSeg.from_checkpoint(tmp_path / "last.safetensors")
+    scenes = data.RRSISD(toy, "train", model.image_size)
+    plain, mixed = (evaluate.scores(evaluate.evaluate(model, scenes, 16, shuffle_phrases=shuffle))["gIoU"] for shuffle in (False, True))
+    print(f"  24 scenes, 180 steps: gIoU {plain:.1f}, with shuffled phrases {mixed:.1f}")
+    assert plain > 50 and plain - mixed > 25
+
+
+def test_commands_end_in_one_clear_line(trained, toy, tmp_path):
+    photo, checkpoint = tmp_path / "photo.png", trained / "last.safetensors"
+    Image.new("RGB", (50, 40)).save(photo)
+    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:60])
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(checkpoint.read_bytes()[:5000])
+    shutil.copytree(toy, tmp_path / "bad")
+    for path in (tmp_path / "bad/images/rrsisd/JPEGImages").iterdir():
+        path.write_bytes(path.read_bytes()[:900])
+    segment, new = [HERE / "rsrefseg.py", photo, "ship", "--checkpoint"], tmp_path / "new"
+    for arguments, message in (
+            ([HERE / "train.py", "--sam", "b", "--data", tmp_path], "refs.unc..p is missing.*--sam tiny"),
+            ([HERE / "train.py", "--sam", "b", "--data", toy, "--out", new, "--siglip", tmp_path], "tokenizer.json is missing.*--sam tiny"),
+            ([HERE / "train.py", "--sam", "tiny", "--batch-size", 3], "no multiple of --batch-size 3"),
+            ([HERE / "train.py", "--sam", "tiny", "--log-every", 0], "--log-every: '0' is not a whole number"),
+            ([HERE / "train.py", "--sam", "tiny", "--lora-rank", 4], "--sam tiny has no pretrained towers"),
+            ([HERE / "train.py", "--sam", "tiny", "--device", "nonsense"], "'nonsense' cannot be used here"),
+            ([HERE / "train.py", "--sam", "tiny", "--data", tmp_path / "bad", "--out", new, "--workers", 1], "jpg is not a readable image"),
+            ([HERE / "train.py", "--sam", "tiny", "--data", toy, "--out", trained, "--resume", "--lr", 1], "another recipe: .*--lr 0.002 -> 1.0"),
+            ([HERE / "evaluate.py", tmp_path / "x.safetensors"], "x.safetensors: no such checkpoint"),
+            ([HERE / "evaluate.py", checkpoint, "--data", tmp_path], "is missing"),
+            ([HERE / "evaluate.py", checkpoint, "--data", tmp_path / "bad", "--workers", 1], "jpg is not a readable image"),
+            ([HERE / "rsrefseg.py", tmp_path / "x.png", "ship", "--checkpoint", checkpoint], "x.png: no such image"),
+            ([HERE / "rsrefseg.py", tmp_path / "cut.png", "ship", "--checkpoint", checkpoint], "cut.png is not a readable image"),
+            ([*segment, cut], "cut.safetensors is not a whole checkpoint"),
+            ([*segment, checkpoint, "--out", photo], "photo.png"),
+            ([HERE / "rsrefseg.py", photo, "!", "--checkpoint", checkpoint], "phrase '!' is empty"),
+            ([HERE / "data.py", "toy", toy], "already holds a data set")):
+        text = run(*arguments, fails=True)
+        last = text.strip().splitlines()[-1]
+        assert "Traceback" not in text and re.search(f"error: .*{message}", last), text
+
+
+def test_each_file_works_alone(tmp_path):
+    """The examples that the README shows for one copied file."""
+    examples = re.findall(r"```python\n# (\w+\.py), alone\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    assert {name for name, _ in examples} == {"siglip.py", "sam.py", "lora.py", "data.py"}
+    for name, code in examples:
+        folder = tmp_path / name.removesuffix(".py")
+        folder.mkdir()
+        shutil.copy(HERE / name, folder)
+        (folder / "example.py").write_text(code)
+        print(f"  {name}: {run('example.py', cwd=folder).strip().splitlines()[-1]}")
+
+
+def test_readme_is_true():
+    readme = (HERE / "README.md").read_text()
+    files = dict(re.findall(r"\| `(\w+\.py)` \| (\d+) \|", readme))
+    assert files == {path.name: str(len(path.read_text().splitlines())) for path in HERE.glob("*.py")}
+    commands = re.findall(r"python (train|evaluate|rsrefseg|data)\.py([^`\n]*)", readme)
+    assert {name for name, _ in commands} == {"train", "evaluate", "rsrefseg", "data"}
+    for name, rest in commands:
+        known = run(HERE / f"{name}.py", "--help")
+        assert all(flag in known for flag in re.findall(r"--[a-z-]+", rest)), (name, rest)
+    for flag in re.findall(r"`(--[a-z-]+)", readme):
+        assert any(flag in (HERE / f"{name}.py").read_text() for name in ("train", "evaluate", "rsrefseg", "data")), flag
+    for linked in re.findall(r"\]\((?!http)([^)]+)\)", readme):
+        assert (HERE / linked).is_file(), linked
+
+
+@pytest.mark.parametrize("size, trainable", [("b", 16_478_252), ("l", 20_414_508)])
+def test_full_size_forward_and_training_step(size, trainable):
+    torch.manual_seed(0)
+    model = RSRefSeg(size)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable
+    images, ids, _ = batch(1, 1, 8, 1024)
+    masks = torch.zeros(1, 1, 1024, 1024, dtype=torch.bool)
+    masks[..., 300:500, 200:600] = True
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, weight_decay=0.05)
+    losses = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(images, ids)
+        losses.append(model.loss(logits, masks))
+        if len(losses) == 1:
+            losses[0].backward()
+            assert sum(p.numel() for p in model.parameters() if p.grad is not None) == trainable
+            optimiser.step()
+            model.requires_grad_(False)
+    print(f"  {size}: {trainable:,} trainable parameters with a gradient, loss {losses[0]:.3f} -> {losses[1]:.3f}")
+    assert logits.shape == (1, 1, 256, 256) and losses[1] < losses[0]
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-s", *sys.argv[1:]]))
