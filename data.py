@@ -213,7 +213,7 @@ class RRSISD(Dataset):
 
     def __str__(self):
         text = f"{self.split}: {len(self.refs):,} phrases on {len({ref.image for ref in self.refs}):,} images"
-        return text + f" (RRSIS-D as published: {PUBLISHED.get(self.split, 0):,} phrases)"
+        return text + f" (all of RRSIS-D: {PUBLISHED[self.split]:,})"
 
 
 def collate(items):

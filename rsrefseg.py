@@ -390,11 +390,12 @@ def fetch(source, name):
     if path.is_file() and name == "model.safetensors":
         return path
     if path.exists() or str(source).count("/") != 1 or path.suffix == ".safetensors":
-        path = path if path.is_dir() else path.parent if path.is_file() else path       # tokenizer.json lies beside the weights
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"{path / name} is missing. Give a safetensors file, a folder with {name}, or a Hugging "
-                                    f"Face name such as {SIGLIP_HUB} or {SAM_HUB['b']}. `--sam tiny` needs no weights.")
-        return path / name
+        found = (path.parent if path.is_file() else path) / name        # tokenizer.json lies beside the weights
+        if not found.is_file():
+            what = f"{found} is missing" if path.exists() else f"{path}: no such file or folder"
+            raise FileNotFoundError(f"{what}. Give a safetensors file, a folder with {name}, or a Hugging Face name such as "
+                                    f"{SIGLIP_HUB} or {SAM_HUB['b']}. `--sam tiny` needs no weights.")
+        return found
     try:
         return Path(hf_hub_download(str(source), name, revision=REVISIONS.get(str(source))))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

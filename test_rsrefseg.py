@@ -816,7 +816,7 @@ def test_segment_command_and_method(trained, toy, tmp_path):
 def test_lora_training_from_weight_files(toy, tmp_path, monkeypatch, capsys):
     """The way of b and l through train.py at small size: frozen towers from files, accumulation, autocast, workers."""
     _, siglip_folder, sam_folder = small_from_files(tmp_path, monkeypatch)
-    for amp in ("bf16", "off"):
+    for amp in ("bf16", "fp16", "off"):
         train.main(["--sam", "small", "--data", str(toy), "--out", str(tmp_path / amp), "--siglip", str(siglip_folder), "--sam-weights", str(sam_folder),
                     "--batch-size", "8", "--total-batch", "16", "--amp", amp, "--workers", "1", "--epochs", "3", "--warmup-epochs", "1", "--lr", "1e-3", "--log-every", "6"])
         rows = [json.loads(row) for row in (tmp_path / amp / "log.jsonl").read_text().splitlines()]

@@ -1,8 +1,8 @@
 """Train RSRefSeg. Read it top to bottom: arguments, device and seed, data, model, optimiser, schedule, resume, loop.
 
     python train.py --sam tiny                     draws its data, needs no download, minutes on two CPU cores
-    python train.py --sam b --data rrsis-d         the paper's recipe; fetches the pretrained towers once
-    python train.py --sam b --data rrsis-d --resume
+    python train.py --sam b                        the paper's recipe; fetches the pretrained towers once
+    python train.py --sam b --resume
 
 Writes into --out: last.safetensors and best.safetensors (by val gIoU; only what trains, settings in the metadata),
 resume.pt (the same with optimiser and random state) and log.jsonl.
@@ -33,39 +33,40 @@ TINY = dict(epochs=5, batch_size=8, total_batch=8, phrases=4, lr=2e-3, warmup_ep
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Train RSRefSeg.", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     epilog=f"Defaults are the paper's (b, l). --sam tiny has its own: {TINY}")
+                                     epilog="Defaults are the paper's (b, l). --sam tiny has its own: " +
+                                     " ".join(f"--{name.replace('_', '-')} {value}" for name, value in TINY.items()))
     add = parser.add_argument
     add("--sam", choices=list(SIZES), required=True, help="size of the model")
     # files
-    add("--data", type=Path, help="folder in RRSIS-D's layout (default data/rrsis-d; tiny: data/toy-SEED, drawn when missing)")
-    add("--out", type=Path, help="folder for checkpoints and logs (default runs/SAM)")
+    add("--data", type=Path, help="folder in RRSIS-D's layout; unset data/rrsis-d, for tiny data/toy-SEED, drawn when missing")
+    add("--out", type=Path, help="folder for checkpoints and logs; unset runs/SAM")
     add("--siglip", default=SIGLIP_HUB, help="SigLIP weights: file, folder or hub name")
-    add("--sam-weights", help="SAM weights: file, folder or hub name (default by size)")
+    add("--sam-weights", help="SAM weights: file, folder or hub name; unset by size")
     add("--resume", action="store_true", help="continue the run in --out")
     # model
-    add("--lora-rank", type=int, help="0 trains the whole towers (default by size)")
-    add("--lora-alpha", type=float, default=16)
-    add("--lora-dropout", type=float, default=0.1)
+    add("--lora-rank", type=int, help="0 trains the whole towers; unset by size (16, tiny 0)")
+    add("--lora-alpha", type=float, default=16, help="scale of the adapters, times the rank")
+    add("--lora-dropout", type=float, default=0.1, help="dropout on the input of the adapters")
     # recipe
-    add("--epochs", type=positive, default=200)
+    add("--epochs", type=positive, default=200, help="passes over the training split")
     add("--batch-size", type=positive, default=4, help="images in memory at a time")
     add("--total-batch", type=positive, default=32, help="images per optimiser step; gradients accumulate up to it")
     add("--phrases", type=positive, default=1, help="phrases per image, for data with several: they share one encoding")
-    add("--lr", type=float, default=1e-4)
-    add("--weight-decay", type=float, default=0.05)
-    add("--warmup-epochs", type=float, default=5)
+    add("--lr", type=float, default=1e-4, help="highest learning rate")
+    add("--weight-decay", type=float, default=0.05, help="of AdamW, on everything that trains")
+    add("--warmup-epochs", type=float, default=5, help="epochs of linear warm-up")
     add("--clip", type=float, default=0.0, help="largest gradient norm; 0 does not clip")
     add("--dice", type=float, default=0.0, help="weight of a Dice loss beside the paper's cross-entropy")
     add("--map-loss", type=float, default=0.0, help="weight of the same loss on the sentence map")
     # machine
-    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--amp", choices=list(AMP), help="autocast type (default: bf16 on CUDA, off elsewhere)")
+    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
+    add("--amp", choices=list(AMP), help="autocast type; unset bf16 on CUDA, off elsewhere")
     add("--workers", type=int, default=4, help="processes that read images")
     add("--cache", action=argparse.BooleanOptionalAction, default=False, help="keep training data in memory; with --workers 0")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of initial weights and order")
     add("--toy-seed", type=int, default=0, help="seed of the toy scenes, when they have to be drawn")
-    add("--log-every", type=positive, default=50, help="optimiser steps")
-    add("--val-every", type=positive, default=1, help="epochs; also how often a checkpoint is written")
+    add("--log-every", type=positive, default=50, help="optimiser steps between log lines")
+    add("--val-every", type=positive, default=1, help="epochs between validations, each of which writes a checkpoint")
     if parser.parse_known_args(argv)[0].sam == "tiny":
         parser.set_defaults(**TINY)
     args = parser.parse_args(argv)
@@ -173,8 +174,8 @@ def main(argv=None):
     if not steps_per_epoch:
         raise ValueError(f"--total-batch {args.total_batch} exceeds the {len(train_set)} training items in {args.data}: lower it.")
     total, accumulate = args.epochs * steps_per_epoch, args.total_batch // args.batch_size
-    print(f"{steps_per_epoch} steps of {args.total_batch} images x {args.phrases} phrases an epoch ({args.batch_size} images at "
-          f"a time, {accumulate} accumulated), {total} steps in all, {args.amp} autocast on {device}")
+    print(f"{steps_per_epoch} steps of {args.total_batch} images x {args.phrases} phrases an epoch ({accumulate} x "
+          f"{args.batch_size} images), {total} steps in all, autocast {args.amp}, {device}")
 
     # ------------------------------------------------------------------------------------------------ model and optimiser
     model = RSRefSeg(args.sam, args.lora_rank, args.lora_alpha, args.lora_dropout)
