@@ -96,7 +96,7 @@ def position_table(n, width):
     """(n * n, width) sines and cosines of row and column, from half a period across the image to n / 4 periods.
 
     Where the towers start without pretraining: neighbours are alike from the first step, so "on the left" is learned for
-    the image and not for each of its places. On the drawn scenes 500 steps reach gIoU 57 with it and 44 with noise.
+    the image and not for each of its places. On drawn scenes 500 steps reached gIoU 57 with it, 44 with noise (one run each).
     """
     place = (torch.arange(n) + 0.5) / n
     angle = place[:, None] * torch.pi * 2 ** torch.linspace(-1, math.log2(n / 2), width // 4)
