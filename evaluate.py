@@ -1,6 +1,7 @@
 """Score a checkpoint on one split of RRSIS-D, and draw what it got right and wrong.
 
     python evaluate.py runs/tiny/best.safetensors [--data DIR] [--split test] [--shuffle-phrases]
+    python evaluate.py --bench b
 
 Prints the metrics and a table by category; writes them, with every sample's IoU, as JSON next to the checkpoint, and a
 sheet of pictures of the best, median and worst samples.
@@ -12,6 +13,9 @@ and is counted in the output (the released code divides 0 by 0 there).
 """
 import argparse
 import json
+import statistics
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import RRSISD, collate, positive, read_image, run
-from rsrefseg import SIGLIP_HUB, RSRefSeg, masks_at, overlay, read_checkpoint, usable_device
+from rsrefseg import SIGLIP_HUB, SIZES, RSRefSeg, masks_at, overlay, read_checkpoint, usable_device
 from siglip import tokenize
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -116,31 +120,65 @@ def picture_sheet(model, dataset, rows, each=4, side=256):
     return sheet
 
 
+@torch.inference_mode()
+def bench(size, batch_size, device, amp, calls=3):
+    """Images a second (one phrase of 10 tokens each) and peak memory of a size with random weights: one line of text. The
+    time does not depend on the weights; of `calls` calls after a first one the median counts."""
+    model = RSRefSeg(size, dtype=amp or torch.float32, init=False).eval().to(device)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    images = torch.rand(batch_size, 3, model.image_size, model.image_size, device=device)
+    ids = torch.randint(3, 100, (batch_size, 10), device=device)
+    times = []
+    for _ in range(calls + 1):
+        started = time.perf_counter()
+        with torch.autocast(model.sam.mean.device.type, dtype=amp, enabled=amp is not None):
+            model(images, ids).sum().item()                         # .item() waits until the device is done
+        times.append(time.perf_counter() - started)
+    seconds = statistics.median(times[1:])
+    if device.startswith("cuda"):
+        peak = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+    elif sys.platform == "linux":
+        import resource                                             # not everywhere, and other systems count in other units
+        peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+    else:
+        peak = "not measured here"
+    return (f"{size}, batch {batch_size}, {'fp32' if amp is None else str(amp).removeprefix('torch.')}, {device}: {batch_size / seconds:.2f} images/s, "
+            f"{seconds:.4f} s a call, peak memory {peak}, torch {torch.__version__}")
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Score a checkpoint.")
-    parser.add_argument("checkpoint", type=Path)
+    parser = argparse.ArgumentParser(description="Score a checkpoint, or time a size of the model on this machine.")
+    parser.add_argument("checkpoint", type=Path, nargs="?")
+    parser.add_argument("--bench", nargs="?", choices=list(SIZES), const="b", help="time this size (default b) with random weights instead")
     parser.add_argument("--official", action="store_true", help="the checkpoint is one of the released code (.pth or .safetensors)")
     parser.add_argument("--data", type=Path, help="data folder, if not the one it was trained on")
     parser.add_argument("--split", default="test", choices=["train", "val", "test"])
     parser.add_argument("--shuffle-phrases", action="store_true", help="give each image another sample's phrase: the control")
-    parser.add_argument("--batch-size", type=positive, default=16)
+    parser.add_argument("--batch-size", type=positive, help="default 16, with --bench 1")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--amp", choices=list(AMP), help="autocast type (default: bf16 on CUDA, off elsewhere)")
     parser.add_argument("--siglip", help="file, folder or hub name, if not where training had it")
     parser.add_argument("--sam-weights", help="likewise for SAM")
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    args.amp = args.amp or default_amp(args.device)
+    if args.bench:
+        print(bench(args.bench, args.batch_size or 1, args.device, AMP[args.amp]))
+        return
+    if args.checkpoint is None:
+        parser.error("name the checkpoint to score, or give --bench")
     about = {} if args.official else read_checkpoint(args.checkpoint)[0]
     data = args.data or about.get("args", {}).get("data")
     if data is None:
         raise ValueError(f"{args.checkpoint} does not say what it was trained on: give the data folder with --data.")
-    args.amp = args.amp or default_amp(args.device)
+    dtype = AMP[args.amp] or torch.float32
     if args.official:
-        model = RSRefSeg.load_official(args.checkpoint, args.siglip or SIGLIP_HUB).to(args.device)
+        model = RSRefSeg.load_official(args.checkpoint, args.siglip or SIGLIP_HUB, dtype=dtype).to(args.device)
     else:
-        model = RSRefSeg.from_checkpoint(args.checkpoint, args.siglip, args.sam_weights).to(args.device)
+        model = RSRefSeg.from_checkpoint(args.checkpoint, args.siglip, args.sam_weights, dtype).to(args.device)
     dataset = RRSISD(data, args.split, model.image_size)
-    rows = evaluate(model, dataset, args.batch_size, AMP[args.amp], args.workers, args.shuffle_phrases)
+    rows = evaluate(model, dataset, args.batch_size or 16, AMP[args.amp], args.workers, args.shuffle_phrases)
     result, categories = scores(rows), by_category(rows)
     print(table(categories))
     print(line(args.split + " with shuffled phrases" * args.shuffle_phrases, result))

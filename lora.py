@@ -1,16 +1,19 @@
 """LoRA (Hu et al. 2022, arXiv:2106.09685): adapt a frozen layer W by a low-rank product, y = W x + (alpha / r) B A x.
 
 Checked against peft. A is drawn Kaiming-uniform, B is zero, so an adapted model starts as the model it adapts.
-Linear and Conv2d only. Shapes: r rank. This file needs torch, and works when copied alone.
+Linear and Conv2d only. Shapes: r rank. This file needs torch and safetensors, and works when copied alone.
 
     names = inject(model, ["encoder.layers.*.self_attn.[qkv]_proj"], r=16, alpha=16, dropout=0.1)
     ...train...
     merge(model)
 """
+import json
 import math
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 
@@ -85,20 +88,41 @@ def inject(model, targets, r=16, alpha=16, dropout=0.0):
     return names
 
 
+def adapted_layers(model):
+    """-> {name: LoRALinear or LoRAConv2d}"""
+    return {name: module for name, module in model.named_modules() if isinstance(module, (LoRALinear, LoRAConv2d))}
+
+
 @torch.no_grad()
 def merge(model):
     """Fold every adapter into its base weight and drop it, for inference. Returns the names of the merged layers."""
-    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, (LoRALinear, LoRAConv2d))]
-    for name, module in adapted:
+    adapted = adapted_layers(model)
+    for name, module in adapted.items():
         module.base.weight += module.delta()
         replace(model, name, module.base)
-    return [name for name, _ in adapted]
+    return list(adapted)
+
+
+def save_peft(model, folder):
+    """Write the adapters of `model`, all of one rank, alpha and dropout, as peft has them: adapter_model.safetensors and
+    adapter_config.json. `peft.PeftModel.from_pretrained(other, folder)` then adapts `other`, in which the layers have the
+    same names. Raises ValueError when nothing is adapted."""
+    adapted, folder = adapted_layers(model), Path(folder)
+    if not adapted:
+        raise ValueError(f"{type(model).__name__} holds no adapters to write.")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({f"base_model.model.{name}.lora_{ab}.weight": getattr(module, ab).weight.detach().contiguous()
+               for name, module in adapted.items() for ab in "AB"}, folder / "adapter_model.safetensors", {"format": "pt"})
+    module = next(iter(adapted.values()))
+    r = module.A.weight.shape[0]
+    config = dict(peft_type="LORA", r=r, lora_alpha=module.scale * r, lora_dropout=module.dropout.p, bias="none",
+                  target_modules=list(adapted), inference_mode=True, task_type=None, base_model_name_or_path=None)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
 
 
 def base_state_dict(model):
     """The state dict as if nothing had been injected: same tensors, original names, no A and B."""
-    adapters = tuple(f"{name}.{ab}." for name, module in model.named_modules()
-                     if isinstance(module, (LoRALinear, LoRAConv2d)) for ab in "AB")
+    adapters = tuple(f"{name}.{ab}." for name in adapted_layers(model) for ab in "AB")
     return {key.replace(".base.", "."): tensor for key, tensor in model.state_dict().items() if not key.startswith(adapters)}
 
 

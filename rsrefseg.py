@@ -9,23 +9,25 @@ Shapes: B images, N phrases (N = B k, the k phrases of an image side by side), L
 D SigLIP width, C SAM prompt width, g SigLIP grid, e SAM grid, M sparse prompts, H W pixels, r rank.
 """
 import argparse
+import hashlib
 import json
 import os
 import pickle
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from PIL import Image, ImageFilter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import lora
 import sam as sam_file
@@ -49,14 +51,18 @@ SIZES = {
     "tiny": Size("tiny", "tiny", 0),
 }
 
-# Where the weights come from, at the revisions this code was written for.
+# Where the weights come from, at the revisions this code was written for, and the sha256 of model.safetensors there.
 SIGLIP_HUB = "google/siglip-so400m-patch14-384"
 SAM_HUB = {"b": "facebook/sam-vit-base", "l": "facebook/sam-vit-large", "h": "facebook/sam-vit-huge"}
-REVISIONS = {
-    "google/siglip-so400m-patch14-384": "9fdffc58afc957d1a03a25b10dba0329ab15c2a3",
-    "facebook/sam-vit-base": "70c1a07f894ebb5b307fd9eaaee97b9dfc16068f",
-    "facebook/sam-vit-large": "6851e0441005b0fb96f2cc4dfac472f3d1b14af1",
-    "facebook/sam-vit-huge": "87aecf0df4ce6b30cd7de76e87673c49644bdf67",
+PINNED = {
+    "google/siglip-so400m-patch14-384": ("9fdffc58afc957d1a03a25b10dba0329ab15c2a3",
+                                         "ea2abad2b7f8a9c1aa5e49a244d5d57ffa71c56f720c94bc5d240ef4d6e1d94a"),
+    "facebook/sam-vit-base": ("70c1a07f894ebb5b307fd9eaaee97b9dfc16068f",
+                              "892c410e496344e527255ccdcb2cb7244a609acb5389c7c4fdba1288f861c579"),
+    "facebook/sam-vit-large": ("6851e0441005b0fb96f2cc4dfac472f3d1b14af1",
+                               "a57e1b13cd1545938dfcbc9fb26df7f60de6650237a9383382a874a623564b81"),
+    "facebook/sam-vit-huge": ("87aecf0df4ce6b30cd7de76e87673c49644bdf67",
+                              "edfb0462392541fca9af44ff039bfb32dbd0c939997f3abb77a26e23af7afd7c"),
 }
 
 # What LoRA adapts (section II-B and II-D): every Linear of SAM's encoder and its neck, every attention Linear of SigLIP,
@@ -118,6 +124,15 @@ class AttnPrompter(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------- RSRefSeg
 
+class Unwritten(TorchFunctionMode):
+    """Under this mode torch.nn.init leaves memory as it is: b's random numbers take 8 s, and a weight file overwrites them."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **kwargs or {})
+
+
 class RSRefSeg(nn.Module):
     """The whole model. `sam` is a name in SIZES or a Size; weights are random until loaded.
 
@@ -125,15 +140,19 @@ class RSRefSeg(nn.Module):
     whole. With lora_rank = 0 the towers train whole too. `lora_rank=None` takes the size's own. Parameters that cannot receive
     a gradient (SAM's IoU head, point and no-mask embeddings) are always frozen; of the mask decoder's four masks only
     the first is used, so the hyper-networks of the others train with a gradient of zero, as in the released code.
+
+    `dtype` is the type of the towers' frozen Linear and convolution weights: the autocast type halves their memory and saves
+    casting them at every call (the model then runs under autocast of that type only). What trains stays fp32. `init=False` leaves the towers unwritten, to be loaded at once.
     """
 
-    def __init__(self, sam="b", lora_rank=None, lora_alpha=16, lora_dropout=0.1, down_blocks=2):
+    def __init__(self, sam="b", lora_rank=None, lora_alpha=16, lora_dropout=0.1, down_blocks=2, dtype=torch.float32, init=True):
         super().__init__()
         size = SIZES[sam] if isinstance(sam, str) else sam
         lora_rank = size.lora_rank if lora_rank is None else lora_rank
         self.settings = dict(sam=sam, lora_rank=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
                              down_blocks=down_blocks)
-        self.siglip, self.sam = SigLIP(size.siglip), SAM(size.sam)
+        with nullcontext() if init else Unwritten():
+            self.siglip, self.sam = SigLIP(size.siglip), SAM(size.sam)
         self.prompter = AttnPrompter(self.siglip.size.width, self.sam.size.prompt, down_blocks)
         self.image_size = self.sam.size.image
         self.tokenizer = toy_tokenizer() if sam == "tiny" else None     # b, l, h: comes with SigLIP's weights
@@ -149,6 +168,10 @@ class RSRefSeg(nn.Module):
         for unused in (self.sam.mask_decoder.iou_prediction_head, prompts.point_embed, prompts.not_a_point_embed,
                        prompts.no_mask_embed):
             unused.requires_grad_(False)
+        encoder = self.sam.vision_encoder
+        for module in (*self.siglip.modules(), *encoder.patch_embed.modules(), *encoder.layers.modules()):   # where autocast acts
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
+                module.to(dtype)
 
     def encode(self, images):
         """images (B, 3, S, S) in [0, 1] -> F_sam (B, C, e, e), V (B, D, g, g): what both towers see, without the phrase."""
@@ -160,14 +183,16 @@ class RSRefSeg(nn.Module):
             raise ValueError(f"{len(ids)} phrases for {len(features[0])} images: every image needs the same number.")
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         t, s = self.siglip.encode_text(ids, mask)                                               # (N, L, D), (N, D)
-        f_sam, v = (x.repeat_interleave(len(ids) // len(x), 0) for x in features)               # (N, C, e, e), (N, D, g, g)
-        code = self.sam.shared_image_embedding
-        a, b = self.siglip.logit_scale.exp(), self.siglip.logit_bias
-        sparse, word_map, sentence_map = self.prompter(v, t, s, mask, a, b, code.grid(v.shape[-1]))
-        side = 4 * f_sam.shape[-1]
-        prior = F.interpolate(sentence_map[:, None], size=(side, side), mode="bilinear", align_corners=False)
-        _, dense = self.sam.prompt_encoder(code, masks=prior)                                   # (N, C, e, e)
-        logits, _ = self.sam.decode(f_sam, sparse, dense, multimask=False)                      # (N, 1, 4e, 4e)
+        with torch.autocast(t.device.type, enabled=False):      # autocast is for the towers; the rest is 2 % of the work, and
+            t, s, f_sam, v = (x.float() for x in (t, s, *features))             # in bf16 it would move the mask's edge most
+            f_sam, v = (x.repeat_interleave(len(ids) // len(x), 0) for x in (f_sam, v))         # (N, C, e, e), (N, D, g, g)
+            code = self.sam.shared_image_embedding
+            a, b = self.siglip.logit_scale.exp(), self.siglip.logit_bias
+            sparse, word_map, sentence_map = self.prompter(v, t, s, mask, a, b, code.grid(v.shape[-1]))
+            side = 4 * f_sam.shape[-1]
+            prior = F.interpolate(sentence_map[:, None], size=(side, side), mode="bilinear", align_corners=False)
+            _, dense = self.sam.prompt_encoder(code, masks=prior)                               # (N, C, e, e)
+            logits, _ = self.sam.decode(f_sam, sparse, dense, multimask=False)                  # (N, 1, 4e, 4e)
         if taps is not None:
             taps.update(f_sam=f_sam, v=v, t=t, s=s, word_map=word_map, sentence_map=sentence_map, sparse=sparse, dense=dense)
         return logits
@@ -222,7 +247,8 @@ class RSRefSeg(nn.Module):
 
     def load_backbones(self, siglip=SIGLIP_HUB, sam=None):
         """Load both towers, each from a safetensors file, a folder holding model.safetensors, or a hub name, and the
-        tokenizer.json beside SigLIP's. `sam=None` takes the size's own hub name. Raises FileNotFoundError or ValueError."""
+        tokenizer.json beside SigLIP's. `sam` may also be one of Meta's .pth files; None takes the size's own hub name.
+        Raises FileNotFoundError or ValueError."""
         sam = sam or SAM_HUB[self.settings["sam"]]
         self.tokenizer = load_tokenizer(fetch(siglip, "tokenizer.json"))
         siglip_file.load_weights(lora.base_state_dict(self.siglip), fetch(siglip, "model.safetensors"))
@@ -233,11 +259,12 @@ class RSRefSeg(nn.Module):
     @classmethod
     def from_pretrained(cls, sam="b", siglip=SIGLIP_HUB, sam_weights=None, **settings):
         """Pretrained towers, fresh LoRA and prompter: where training starts. Downloads on first use."""
-        return cls(sam, **settings).load_backbones(siglip, sam_weights)
+        return cls(sam, init=False, **settings).load_backbones(siglip, sam_weights)
 
     def save(self, path, **metadata):
         """Write what training changes, and all that `from_checkpoint` needs, as safetensors: a whole file or none."""
         about = dict(metadata, settings=self.settings)
+        self.refuse_merged()
         if self.settings["lora_rank"]:
             if not self.backbones:
                 raise ValueError("the frozen towers hold random weights, which a checkpoint leaves out: call load_backbones first.")
@@ -248,6 +275,10 @@ class RSRefSeg(nn.Module):
         partial = Path(f"{path}.partial")
         save_file(tensors, partial, {key: json.dumps(value) for key, value in about.items()})
         os.replace(partial, path)
+
+    def refuse_merged(self):
+        if self.settings["lora_rank"] and not lora.adapted_layers(self):
+            raise ValueError("lora.merge has folded the adapters into weights that this file leaves out: save before merging.")
 
     def load_trained(self, path):
         """Load what `save` wrote. Raises ValueError unless its tensors are exactly those that train here."""
@@ -266,10 +297,10 @@ class RSRefSeg(nn.Module):
             tensor.copy_(tensors[key])
 
     @classmethod
-    def load_official(cls, path, siglip=SIGLIP_HUB):
+    def load_official(cls, path, siglip=SIGLIP_HUB, **settings):
         """A checkpoint in the released code's layout, whole, in eval mode. Its size, rank and prompter depth are read from
-        the keys (alpha is taken to be 16), the tokenizer from SigLIP's source. Raises FileNotFoundError, or ValueError
-        naming every key that does not fit."""
+        the keys (alpha is 16 unless `settings` say otherwise), the tokenizer from SigLIP's source. Raises
+        FileNotFoundError, or ValueError naming every key that does not fit."""
         state = read_official(path)
         block = "backbone.base_model.model.model.layers."
         layers = len({key.removeprefix(block).split(".")[0] for key in state if key.startswith(block)})
@@ -278,7 +309,7 @@ class RSRefSeg(nn.Module):
         if layers not in sizes or first is None:
             raise ValueError(f"{path} is no checkpoint of the released code: {layers} adapted SAM layers under {block}")
         down_blocks = len({key.split(".")[1] for key in state if key.startswith("prompter_down_spatial.")}) - 1
-        model = cls(sizes[layers], lora_rank=first.shape[0], down_blocks=down_blocks)
+        model = cls(**settings | dict(sam=sizes[layers], lora_rank=first.shape[0], down_blocks=down_blocks), init=False)
         model.tokenizer = load_tokenizer(fetch(siglip, "tokenizer.json"))
         wanted = {official_name(key, down_blocks): tensor for key, tensor in model.state_dict().items()}
         extra = state.keys() & (pooling_names().keys() | {POSITION_ALIAS})
@@ -290,11 +321,15 @@ class RSRefSeg(nn.Module):
         for key, tensor in wanted.items():
             tensor.copy_(state[key])
         model.official_extra = {key: state[key].clone() for key in extra - {POSITION_ALIAS}}
+        model.backbones = dict(official=str(Path(path).resolve()), siglip=str(siglip))
         return model.eval()
 
     def export_official(self, path):
         """Write the whole model as a state dict in the released code's layout, .pth or .safetensors, so that it runs there.
         The pooling head comes from the checkpoint this model was loaded from, or from SigLIP's file with a LoRA of zeros."""
+        self.refuse_merged()
+        if self.siglip.text_model.head.base.weight.dtype != torch.float32:
+            raise ValueError("the frozen towers are not fp32, and would be written rounded: load the model without dtype first.")
         names, r, extra = pooling_names(), self.settings["lora_rank"], self.official_extra
         if not extra:
             if not self.backbones:
@@ -307,15 +342,26 @@ class RSRefSeg(nn.Module):
         state |= extra | {POSITION_ALIAS: self.sam.shared_image_embedding.positional_embedding.clone()}
         save_file(state, path) if Path(path).suffix == ".safetensors" else torch.save(state, path)
 
+    def export_peft(self, folder):
+        """Write the three LoRA sets as peft adapter folders for the same parts of transformers' models: siglip_vision and
+        siglip_text for SiglipModel's vision_model and text_model, sam_vision for SamModel's vision_encoder."""
+        for name, part in (("siglip_vision", self.siglip.vision_model), ("siglip_text", self.siglip.text_model),
+                           ("sam_vision", self.sam.vision_encoder)):
+            lora.save_peft(part, Path(folder) / name)
+
     @classmethod
-    def from_checkpoint(cls, path, siglip=None, sam_weights=None):
-        """A trained model, in eval mode. The frozen towers come from where training had them, or from the sources given."""
+    def from_checkpoint(cls, path, siglip=None, sam_weights=None, dtype=torch.float32):
+        """A trained model, in eval mode. The frozen towers come from where training had them, or from the sources given
+        (`sam_weights` names the released checkpoint when training started from one)."""
         about, tensors = read_checkpoint(path)
-        model = cls(**about["settings"])
-        if "tokenizer" in about:
+        settings, towers = dict(about["settings"], dtype=dtype), about.get("backbones", {})
+        if "tokenizer" in about:                                        # a model without LoRA: the file holds all there is
+            model = cls(**settings)
             model.tokenizer = Tokenizer.from_str(about["tokenizer"])
-        if about["settings"]["lora_rank"]:
-            model.load_backbones(siglip or about["backbones"]["siglip"], sam_weights or about["backbones"]["sam"])
+        elif "official" in towers:
+            model = cls.load_official(sam_weights or towers["official"], siglip or towers["siglip"], **settings)
+        else:
+            model = cls(**settings, init=False).load_backbones(siglip or towers["siglip"], sam_weights or towers["sam"])
         model.copy_trained(tensors, about["settings"], path)
         return model.eval()
 
@@ -360,7 +406,9 @@ def read_official(path):
         if Path(path).suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors ({error}). Save its state dict alone.") from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is not a whole file of plain tensors ({error}). Copy it again.") from error
     for key in ("state_dict", "module"):
         state = state[key] if isinstance(state, dict) and key in state else state
@@ -384,24 +432,47 @@ def read_checkpoint(path):
     return about, tensors
 
 
+def is_checkpoint(path):
+    """Whether a file is a checkpoint of train.py, by its metadata."""
+    try:
+        with safe_open(path, "pt") as file:
+            return "settings" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False                                                    # whoever reads it as something else says what is wrong
+
+
 def fetch(source, name):
-    """A file, a folder holding `name`, or a hub name -> path of the file `name` there. Raises FileNotFoundError."""
+    """A file, a folder holding `name`, or a hub name -> path of the file `name` there. A download goes into the hub's cache,
+    once, and pinned weights are checked against their sha256. Raises FileNotFoundError, or ValueError for a wrong sum."""
     path = Path(source)
     if path.is_file() and name == "model.safetensors":
         return path
-    if path.exists() or str(source).count("/") != 1 or path.suffix == ".safetensors":
+    if path.exists() or str(source).count("/") != 1 or path.suffix in (".safetensors", ".pth"):
         found = (path.parent if path.is_file() else path) / name        # tokenizer.json lies beside the weights
         if not found.is_file():
             what = f"{found} is missing" if path.exists() else f"{path}: no such file or folder"
             raise FileNotFoundError(f"{what}. Give a safetensors file, a folder with {name}, or a Hugging Face name such as "
                                     f"{SIGLIP_HUB} or {SAM_HUB['b']}. `--sam tiny` needs no weights.")
         return found
+    revision, expected = PINNED.get(str(source), (None, None))
     try:
-        return Path(hf_hub_download(str(source), name, revision=REVISIONS.get(str(source))))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        cached = try_to_load_from_cache(str(source), name, revision=revision)
+        found = Path(hf_hub_download(str(source), name, revision=revision))
+    except Exception as error:                                          # each version of the client has its own kinds
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise FileNotFoundError(f"cannot fetch {name} of {source}: {reason} Without a network, copy the repository's files to a "
                                 "folder and name that (--siglip, --sam-weights). `--sam tiny` needs no weights.") from error
+    if expected and name == "model.safetensors" and not isinstance(cached, str):
+        digest = hashlib.sha256()
+        with open(found, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        if (got := digest.hexdigest()) != expected:
+            found.resolve().unlink()                                    # the cache holds a link to it
+            found.unlink(missing_ok=True)
+            raise ValueError(f"{name} of {source} has sha256 {got}, not {expected}: the download is damaged or not the published "
+                             "file, and was deleted. Try again, or another HF_ENDPOINT.")
+    return found
 
 
 def masks_at(logits, image_size, height, width):
@@ -435,7 +506,7 @@ def main():
     parser.add_argument("--checkpoint", type=Path, required=True, help="a file that train.py wrote")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the pictures")
     parser.add_argument("--siglip", help="file, folder or hub name, if not where training had it")
-    parser.add_argument("--sam-weights", help="likewise for SAM")
+    parser.add_argument("--sam-weights", help="likewise for SAM, or for the released checkpoint that training started from")
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     image = read_image(args.image)

@@ -1,14 +1,16 @@
 """Segment Anything (Kirillov et al. 2023, arXiv:2304.02643): an image encoder, a prompt encoder and a mask decoder.
 
 Checked against transformers' SamModel; the weights are facebook/sam-vit-{base,large,huge}, whose tensor names the
-modules below repeat. Two things differ from the published code. Everything is batched: B images, each with its own
-prompts, are one call. And the relative position bias never exists as a matrix (see `Attention`). Left out: the automatic
-mask generator and the box and image helpers around the model.
+modules below repeat, or Meta's own sam_vit_{b,l,h}_*.pth, which are renamed. Two things differ from the published code.
+Everything is batched: B images, each with its own prompts, are one call. And the relative position bias never exists as
+a matrix (see `Attention`). Left out: the automatic mask generator and the box and image helpers around the model.
 
 Shapes: B batch, C prompt width, D encoder width, e encoder grid side (image / 16), n grid or window side,
 M sparse prompts, H W pixels. This file needs torch and safetensors, and works when copied alone.
 """
 import math
+import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 MASKS = 4   # mask 0 answers a clear prompt; 1-3 are whole, part and subpart of an ambiguous one
 
@@ -171,12 +174,14 @@ class ImageEncoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(size, 0 if i in size.global_layers else size.window)
                                     for i in range(size.layers))
         self.neck = Neck(size.width, size.prompt)
+        self.checkpoint = False    # True: training keeps only what enters each layer and computes the rest again, backwards
 
     def forward(self, pixels):
         x = self.patch_embed(pixels) + self.pos_embed              # (B, e, e, D)
         for layer in self.layers:
-            x = layer(x)
-        return self.neck(x.permute(0, 3, 1, 2))
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpoint and self.training else layer(x)
+        with torch.autocast(x.device.type, enabled=False):         # under autocast the neck stays fp32: 1 % of the work, and in
+            return self.neck(x.permute(0, 3, 1, 2).to(self.pos_embed.dtype))   # bf16 it makes a fifth of the error of F_sam
 
 
 # ---------------------------------------------------------------------------------------------------- prompt encoder
@@ -390,25 +395,63 @@ class SAM(nn.Module):
 # A second name of shared_image_embedding.positional_embedding in some files.
 UNUSED = {"prompt_encoder.shared_embedding.positional_embedding"}
 
+# Meta's own files (sam_vit_b_01ec64.pth): pattern in their names -> ours, all applied in this order.
+META_NAMES = (
+    (r"^image_encoder\.", "vision_encoder."), (r"\.blocks\.", ".layers."), (r"patch_embed\.proj\.", "patch_embed.projection."),
+    (r"\.norm(\d|_final_attn)\.", r".layer_norm\1."),
+    (r"neck\.0\.", "neck.conv1."), (r"neck\.1\.", "neck.layer_norm1."), (r"neck\.2\.", "neck.conv2."), (r"neck\.3\.", "neck.layer_norm2."),
+    (r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix", "shared_image_embedding.positional_embedding"),
+    (r"point_embeddings\.", "point_embed."),
+    (r"mask_downscaling\.0\.", "mask_embed.conv1."), (r"mask_downscaling\.1\.", "mask_embed.layer_norm1."),
+    (r"mask_downscaling\.3\.", "mask_embed.conv2."), (r"mask_downscaling\.4\.", "mask_embed.layer_norm2."),
+    (r"mask_downscaling\.6\.", "mask_embed.conv3."),
+    (r"output_upscaling\.0\.", "upscale_conv1."), (r"output_upscaling\.1\.", "upscale_layer_norm."), (r"output_upscaling\.3\.", "upscale_conv2."),
+    (r"(mlps\.\d|prediction_head)\.layers\.0\.", r"\1.proj_in."), (r"(mlps\.\d|prediction_head)\.layers\.1\.", r"\1.layers.0."),
+    (r"(mlps\.\d|prediction_head)\.layers\.2\.", r"\1.proj_out."),
+)
+
+
+def our_name(name):
+    """The name of a tensor in Meta's files -> its name here and on Hugging Face."""
+    for pattern, ours in META_NAMES:
+        name = re.sub(pattern, ours, name)
+    return name
+
+
+def open_weights(path):
+    """A safetensors file in Hugging Face layout, or one of Meta's .pth files -> {name: shape}, function from name to tensor."""
+    if path.suffix == ".pth":
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = {our_name(key): tensor for key, tensor in state.items()}
+        return {key: tuple(tensor.shape) for key, tensor in state.items()}, state.__getitem__
+
+    def read(key):
+        with safe_open(path, "pt") as file:                        # closing returns the pages read: one copy in memory, not two
+            return file.get_tensor(key)
+
+    with safe_open(path, "pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if key not in UNUSED}, read
+
 
 def load_weights(tensors, path):
-    """Copy a safetensors file in Hugging Face layout into `tensors`, a dict name -> tensor to overwrite
-    (`model.state_dict()`). Raises FileNotFoundError, or ValueError naming the file and every key that does not fit."""
+    """Copy a weight file, Hugging Face's safetensors or Meta's .pth, into `tensors`, a dict name -> tensor to overwrite
+    (`model.state_dict()`), in the tensors' own types. Raises FileNotFoundError, or ValueError naming the file and every
+    key that does not fit."""
     path = Path(path)
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file. Expected SAM weights as model.safetensors.")
+        raise FileNotFoundError(f"{path}: no such file. Expected SAM weights as model.safetensors, or Meta's .pth.")
     try:
-        with safe_open(path, "pt") as file:                        # memory-mapped: one tensor at a time in memory
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if key not in UNUSED}
-            wanted = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-            wrong = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
-            if wrong:
-                rows = "".join(f"\n  {key}: file {shapes.get(key, 'lacks it')}, model {wanted.get(key, 'lacks it')}"
-                               for key in wrong)
-                raise ValueError(f"{path} does not hold this SAM; {len(wrong)} tensors do not fit:{rows}")
-            for key, tensor in tensors.items():
-                tensor.copy_(file.get_tensor(key))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}). Fetch model.safetensors from a Hugging Face "
-                         "repository such as facebook/sam-vit-base; Meta's .pth files have other names.") from error
+        shapes, read = open_weights(path)
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a whole file of SAM's weights ({error}). Fetch it again: model.safetensors from a "
+                         "Hugging Face repository such as facebook/sam-vit-base, or Meta's .pth.") from error
+    except (AttributeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} holds something else than a state dict of tensors ({error}). Save that alone, or fetch Meta's file.") from error
+    wanted = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    wrong = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
+    if wrong:
+        rows = "".join(f"\n  {key}: file {shapes.get(key, 'lacks it')}, model {wanted.get(key, 'lacks it')}" for key in wrong)
+        raise ValueError(f"{path} does not hold this SAM; {len(wrong)} tensors do not fit:{rows}")
+    for key, tensor in tensors.items():
+        tensor.copy_(read(key))

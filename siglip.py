@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 EOS = 1           # id of </s>, which also pads
 MAX_TOKENS = 64   # rows of the text tower's position table
@@ -85,10 +86,11 @@ class Encoder(nn.Module):
     def __init__(self, size):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(size) for _ in range(size.layers))
+        self.checkpoint = False    # True: training keeps only what enters each layer and computes the rest again, backwards
 
     def forward(self, x, mask=None):
         for layer in self.layers:
-            x = layer(x, mask)
+            x = checkpoint(layer, x, mask, use_reentrant=False) if self.checkpoint and self.training else layer(x, mask)
         return x
 
 
@@ -221,21 +223,23 @@ UNUSED = {"vision_model.head." + name for name in (
 
 def load_weights(tensors, path):
     """Copy a safetensors file in Hugging Face layout into `tensors`, a dict name -> tensor to overwrite
-    (`model.state_dict()`). Raises FileNotFoundError, or ValueError naming the file and every key that does not fit."""
+    (`model.state_dict()`), in the tensors' own types. Raises FileNotFoundError, or ValueError naming the file and every
+    key that does not fit."""
     path = Path(path)
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. Expected SigLIP weights as model.safetensors.")
     try:
-        with safe_open(path, "pt") as file:                        # memory-mapped: one tensor at a time in memory
+        with safe_open(path, "pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if key not in UNUSED}
-            wanted = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-            wrong = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
-            if wrong:
-                rows = "".join(f"\n  {key}: file {shapes.get(key, 'lacks it')}, model {wanted.get(key, 'lacks it')}"
-                               for key in wrong)
-                raise ValueError(f"{path} does not hold this SigLIP; {len(wrong)} tensors do not fit:{rows}")
-            for key, tensor in tensors.items():
+        wanted = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        wrong = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
+        if wrong:
+            rows = "".join(f"\n  {key}: file {shapes.get(key, 'lacks it')}, model {wanted.get(key, 'lacks it')}"
+                           for key in wrong)
+            raise ValueError(f"{path} does not hold this SigLIP; {len(wrong)} tensors do not fit:{rows}")
+        for key, tensor in tensors.items():
+            with safe_open(path, "pt") as file:                    # closing returns the pages read: one copy in memory, not two
                 tensor.copy_(file.get_tensor(key))
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}). Fetch model.safetensors again.") from error

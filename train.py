@@ -22,7 +22,7 @@ from tqdm import tqdm
 import lora
 from data import RRSISD, collate, positive, run, write_toy
 from evaluate import AMP, default_amp, evaluate, line, scores
-from rsrefseg import SIGLIP_HUB, SIZES, RSRefSeg, usable_device
+from rsrefseg import SIGLIP_HUB, SIZES, RSRefSeg, is_checkpoint, usable_device
 from sam import SIZES as SAM_SIZES
 from siglip import tokenize
 
@@ -40,8 +40,9 @@ def parse_args(argv=None):
     # files
     add("--data", type=Path, help="folder in RRSIS-D's layout; unset data/rrsis-d, for tiny data/toy-SEED, drawn when missing")
     add("--out", type=Path, help="folder for checkpoints and logs; unset runs/SAM")
-    add("--siglip", default=SIGLIP_HUB, help="SigLIP weights: file, folder or hub name")
-    add("--sam-weights", help="SAM weights: file, folder or hub name; unset by size")
+    add("--siglip", help=f"SigLIP weights: file, folder or hub name; unset {SIGLIP_HUB}, or those of --init")
+    add("--sam-weights", help="SAM weights: file, folder, hub name or Meta's .pth; unset by size, or those of --init")
+    add("--init", type=Path, help="start from this checkpoint: one of train.py, or one of the released code")
     add("--resume", action="store_true", help="continue the run in --out")
     # model
     add("--lora-rank", type=int, help="0 trains the whole towers; unset by size (16, tiny 0)")
@@ -61,6 +62,7 @@ def parse_args(argv=None):
     # machine
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
     add("--amp", choices=list(AMP), help="autocast type; unset bf16 on CUDA, off elsewhere")
+    add("--checkpoint-activations", action="store_true", help="keep less for the backward pass: half the memory, 4 tenths more time")
     add("--workers", type=int, default=4, help="processes that read images")
     add("--cache", action=argparse.BooleanOptionalAction, default=False, help="keep training data in memory; with --workers 0")
     add("--seed", type=int, default=0, help="of initial weights and order")
@@ -82,10 +84,12 @@ def parse_args(argv=None):
 
 
 def learning_rate(step, steps_per_epoch, args):
-    """Linear from 0.01 x over the warm-up, then cosine to 0.001 x at the end; step counts optimiser steps from 0."""
+    """Linear from 0.01 x over the warm-up, whose last step has the whole rate, then cosine to 0.001 x at the end; step
+    counts optimiser steps from 0. The released code takes the cosine in stairs of an epoch, and as if the run were longer
+    by the warm-up: after the warm-up `step // steps_per_epoch * steps_per_epoch` for step, and --epochs 205, are theirs."""
     warmup, total = args.warmup_epochs * steps_per_epoch, args.epochs * steps_per_epoch
     if step < warmup:
-        return args.lr * (0.01 + 0.99 * step / warmup)
+        return args.lr * (0.01 + 0.99 * min(1, step / max(1, warmup - 1)))
     return args.lr * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))))
 
 
@@ -136,8 +140,28 @@ def save_atomically(state, path):
 
 def recipe(args):
     """The arguments that must not change under a run that is resumed."""
-    free = ("resume", "out", "device", "workers", "cache", "log_every", "draw", "siglip", "sam_weights")
+    free = ("resume", "out", "device", "workers", "cache", "log_every", "draw", "siglip", "sam_weights",
+            "checkpoint_activations")
     return {name: str(value) for name, value in vars(args).items() if name not in free}
+
+
+def initial_model(args):
+    """The model that training starts from. Raises FileNotFoundError or ValueError naming the file that does not fit."""
+    dtype = AMP[args.amp] or torch.float32
+    settings = dict(lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout)
+    if not args.init:
+        if args.sam == "tiny":
+            return RSRefSeg(args.sam, **settings)
+        return RSRefSeg.from_pretrained(args.sam, args.siglip or SIGLIP_HUB, args.sam_weights, dtype=dtype, **settings)
+    if is_checkpoint(args.init):
+        model = RSRefSeg.from_checkpoint(args.init, args.siglip, args.sam_weights, dtype)
+    else:
+        model = RSRefSeg.load_official(args.init, args.siglip or SIGLIP_HUB, dtype=dtype, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout)
+    wanted = dict(settings, sam=args.sam, lora_rank=SIZES[args.sam].lora_rank if args.lora_rank is None else args.lora_rank)
+    other = [f"--{name.replace('_', '-')} {model.settings[name]}" for name, value in wanted.items() if model.settings[name] != value]
+    if other:
+        raise ValueError(f"{args.init} was trained otherwise: give {' '.join(other)} here too, or choose another --init.")
+    return model
 
 
 def load_resume(path, wanted):
@@ -147,7 +171,7 @@ def load_resume(path, wanted):
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is not a whole resume file ({error}). Start anew with another --out.") from error
     changed = [f"--{name.replace('_', '-')} {state['recipe'].get(name)} -> {value}"
-               for name, value in wanted.items() if state["recipe"].get(name) != value]
+               for name, value in wanted.items() if state["recipe"].get(name, "None") != value]
     if changed:
         raise ValueError(f"{path} belongs to another recipe: {', '.join(changed)}. Resume with the run's own arguments.")
     return state
@@ -178,9 +202,9 @@ def main(argv=None):
           f"{args.batch_size} images), {total} steps in all, autocast {args.amp}, {device}")
 
     # ------------------------------------------------------------------------------------------------ model and optimiser
-    model = RSRefSeg(args.sam, args.lora_rank, args.lora_alpha, args.lora_dropout)
-    if args.sam != "tiny":
-        model.load_backbones(args.siglip, args.sam_weights)
+    model = initial_model(args)
+    for encoder in (model.siglip.text_model.encoder, model.siglip.vision_model.encoder, model.sam.vision_encoder):
+        encoder.checkpoint = args.checkpoint_activations
     model.to(device, memory_format=torch.channels_last)                                # convolutions run faster in this layout
     print(lora.table(model))
     optimiser = torch.optim.AdamW(optimiser_groups(model, args), args.lr, betas=(0.9, 0.999), fused=True)
