@@ -1,44 +1,65 @@
-"""RRSIS-D (Liu et al. 2024): aerial images, phrases, and the mask of what each phrase names; and a toy set in its format.
+"""The public data sets of phrases and masks on aerial images, one's own in the simplest form, and a toy set that is drawn.
 
-Published layout (17,402 phrases: 12,181 train, 1,740 val, 3,481 test; 20 categories; 800 x 800 pixels):
+    RRSIS-D     ROOT/rrsisd/refs(unc).p, rrsisd/instances.json (COCO run lengths), images/rrsisd/JPEGImages/*.jpg
+    RefSegRS    ROOT/output_phrase_{train,val,test}.txt of "<id> <phrase>", images/<id>.tif, masks/<id>.tif
+    RISBench    ROOT/img_rgb/*.png with output_phrase_{split}.txt and mask/*.png, or with *.jsonl of
+                {split, file_name, sent, segmentation: {size, counts}}
+    own         ROOT/phrases.jsonl of {image, mask, phrase, split}, images/, masks/ (a pixel above 0 belongs to the mask)
 
-    ROOT/rrsisd/refs(unc).p                one phrase a row: split, file, annotation
-    ROOT/rrsisd/instances.json             masks as COCO run lengths, category names
-    ROOT/images/rrsisd/JPEGImages/*.jpg
+    python data.py check DIR [--dataset NAME]              opens everything, lists each defect with its file
+    python data.py download rrsisd|refsegrs DIR            fetches, verifies, unpacks, checks
+    python data.py toy DIR [--train N --val N --test N --seed S]
 
-    python data.py toy DIR [--train N --val N --test N --seed S]     draws scenes and writes them in exactly these files
+The toy set needs no download: scenes of 256 x 256 pixels in exactly RRSIS-D's files, with several objects of its
+categories, most of them beside others of the same class, and phrases that single one out by class, colour, size, place
+or neighbour.
 
-The toy set needs no download: scenes of 256 x 256 pixels with several objects of RRSIS-D's categories, most of them
-beside others of the same class, and phrases that single one out by class, colour, size, place or neighbour.
+Files from elsewhere are not trusted: pickles hold plain data or are refused, names stay inside ROOT, sizes are bounded.
 
 Shapes: B images, k phrases an image, N = B k, S side of the model's input, H W pixels of the stored image.
-This file needs torch, numpy, pillow, tokenizers and tqdm, and works when copied alone.
+This file needs torch, numpy, pillow, tokenizers (which brings huggingface_hub) and tqdm, and works when copied alone.
 """
 import argparse
+import hashlib
+import io
 import json
 import math
-import multiprocessing
+import os
 import pickle
+import random
+import shutil
 import sys
+import threading
+import time
+import zipfile
+import zlib
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 CATEGORIES = ("Expressway-Service-area Expressway-toll-station airplane airport baseballfield basketballcourt bridge chimney "
               "dam golffield groundtrackfield harbor overpass ship stadium storagetank tenniscourt trainstation vehicle windmill").split()
-PUBLISHED = {"train": 12181, "val": 1740, "test": 3481}
+SPLITS = ("train", "val", "test")
+PUBLISHED = {"rrsisd": dict(train=12181, val=1740, test=3481), "refsegrs": dict(train=2172, val=431, test=1817),
+             "risbench": dict(train=26300, val=10013, test=16159)}                                 # phrases
 
 
 # ------------------------------------------------------------------------------------------------------- file formats
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, strings and numbers. Anything else in a pickle names a function to call: refused."""
+class PlainUnpickler(pickle._Unpickler):
+    """Reads lists, dicts, strings and numbers. Anything else in a pickle names a function to call: refused. Written in
+    Python, because the one in C reserves as much memory as a few bytes of a file ask for. Tuples (nested, they take for ever to
+    hash), frozen sets and byte arrays are refused too."""
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code not in b"t\x85\x86\x87\x91\x96"}
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it wants to call {module}.{name}")
@@ -46,11 +67,15 @@ class PlainUnpickler(pickle.Unpickler):
 
 def read_pickle(path):
     """Plain data from a pickle that nobody vouches for. Raises ValueError naming the file."""
-    with open(path, "rb") as file:
-        try:
-            return PlainUnpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path} is not a pickle of plain data: {error}. Do not load it otherwise; fetch it again.") from error
+    try:
+        return PlainUnpickler(io.BytesIO(Path(path).read_bytes())).load()
+    except FileNotFoundError:
+        raise
+    except Exception as error:                                      # a file made to do harm can raise anything
+        raise ValueError(f"{path} is not a pickle of plain data: {error!r}. Do not load it otherwise; fetch it again.") from error
+
+
+IMAGES = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")     # Pillow would hand others to other programs
 
 
 def to_rgb(image):
@@ -62,16 +87,17 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def read_image(path):
-    """Any image file that Pillow knows -> PIL image, RGB. Raises FileNotFoundError, or ValueError naming the file."""
+def read_image(path, convert=to_rgb):
+    """An image file -> PIL image, RGB, or what else `convert` makes of it. Raises FileNotFoundError, or ValueError naming the
+    file."""
     try:
-        with Image.open(path) as image:
-            return to_rgb(image)
+        with Image.open(path, formats=IMAGES) as image:
+            return convert(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image.") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large to open safely ({error}). Cut it into tiles.") from error
-    except (OSError, SyntaxError) as error:
+    except Exception as error:                                      # each format has its own kinds
         raise ValueError(f"{path} is not a readable image ({error}). Fetch it again or take it out.") from error
 
 
@@ -91,11 +117,13 @@ def decode_rle(counts, height, width):
     Runs of 0s and 1s alternate down the columns. Each is a number in base 32, low digit first, one character a digit
     (48 + digit, + 32 while more follow); from the fourth on it is the difference to the run two before.
     """
+    if not 0 < height * width <= Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"no mask has {height} x {width} pixels")
     runs, place = [], 0
     while place < len(counts):
         value, shift, digit = 0, 0, 32
         while digit & 32:
-            if place == len(counts) or not 0 <= (digit := ord(counts[place]) - 48) < 64:
+            if place == len(counts) or shift > 30 or not 0 <= (digit := ord(counts[place]) - 48) < 64:
                 raise ValueError(f"run lengths break off or hold a foreign character at place {place}")
             value |= (digit & 31) << shift
             shift, place = shift + 5, place + 1
@@ -122,21 +150,136 @@ def encode_rle(mask):
     return text
 
 
-# ------------------------------------------------------------------------------------------------------------- reader
+def overlap(a, b):
+    """IoU of two masks; 1 if both are empty."""
+    return float((a & b).sum() / (a | b).sum()) if (a | b).any() else 1.0
+
+
+def clean_mask(mask):
+    """(H, W) bool -> the same after a 5 x 5 median: without the on-off noise around the edges of RRSIS-D's stored masks. Things
+    of two or three pixels, of which the median leaves less than half, stay as they are."""
+    ys, xs = np.nonzero(mask)
+    cleaned = np.zeros_like(mask)
+    if len(ys):
+        box = slice(max(0, ys.min() - 3), ys.max() + 4), slice(max(0, xs.min() - 3), xs.max() + 4)
+        cleaned[box] = np.asarray(Image.fromarray(mask[box]).convert("L").filter(ImageFilter.MedianFilter(5))) > 127
+    return cleaned if overlap(mask, cleaned) > 0.5 else mask
+
+
+# ------------------------------------------------------------------------------------------------------------ readers
 
 @dataclass(frozen=True)
 class Ref:
     """One row: what the phrase names in one image."""
-    ref_id: int
+    ref_id: object   # a number, or "split:line" where the data set numbers nothing
+    split: str
     image: Path
     phrase: str
-    category: str
-    size: tuple      # height, width of the stored mask
-    counts: str      # its run lengths
+    category: str    # "-" where the data set has none
+    mask: object     # Path of a grey image, or (height, width, run lengths)
 
 
-class RRSISD(Dataset):
-    """One split of ROOT in the layout above. An item is one image with k of its phrases:
+def says_something(phrase):
+    return any(character.isalnum() for character in phrase)
+
+
+def inside(folder, name):
+    """The file `name` in `folder`. Raises ValueError for a name that leads elsewhere."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"the file name {name!r} leaves the data folder")
+    return folder / name
+
+
+def read_rrsisd(root):
+    instances = json.loads((root / "rrsisd" / "instances.json").read_text())
+    category = {row["id"]: row["name"] for row in instances["categories"]}
+    mask = {row["id"]: row["segmentation"][0] for row in instances["annotations"]}
+    return [Ref(row["ref_id"], row["split"], inside(root / "images" / "rrsisd" / "JPEGImages", row["file_name"]),
+                row["sentences"][0]["sent"].strip(), category[row["category_id"]],
+                (*mask[row["ann_id"]]["size"], mask[row["ann_id"]]["counts"])) for row in read_pickle(root / "rrsisd" / "refs(unc).p")]
+
+
+def lines(path):
+    """(number, text) of each line that is not blank."""
+    return [(i, text.strip()) for i, text in enumerate(path.read_text("utf-8-sig").split("\n"), 1) if text.strip()]
+
+
+def read_phrase_files(root, images, masks, suffix):
+    """output_phrase_{split}.txt, each line an image's name and a phrase about it."""
+    refs = []
+    for split in SPLITS:
+        for number, text in lines(root / f"output_phrase_{split}.txt"):
+            name, _, phrase = text.partition(" ")
+            name = name if Path(name).suffix else name + suffix
+            refs.append(Ref(f"{split}:{number}", split, inside(root / images, name), phrase.strip(), "-", inside(root / masks, name)))
+    return refs
+
+
+def read_json_lines(path, images):
+    """Rows of {image, mask, phrase, split}, or RISBench's {file_name, segmentation, sent, split}."""
+    refs = []
+    for number, text in lines(path):
+        try:
+            row = json.loads(text)
+            if "segmentation" in row:
+                refs.append(Ref(f"{path.stem}:{number}", row["split"], inside(images, row["file_name"]), row["sent"].strip(), "-",
+                                (*row["segmentation"]["size"], row["segmentation"]["counts"])))
+            else:
+                refs.append(Ref(f"{path.stem}:{number}", row["split"], inside(images, row["image"]), row["phrase"].strip(),
+                                row.get("category", "-"), inside(path.parent / "masks", row["mask"])))
+        except Exception as error:
+            raise ValueError(f"{path}, line {number}: {error!r}; a row is {{image, mask, phrase, split}}") from error
+    return refs
+
+
+def read_risbench(root):
+    lists = sorted(root.glob("*.jsonl"))
+    return [ref for path in lists for ref in read_json_lines(path, root / "img_rgb")] or read_phrase_files(root, "img_rgb", "mask", ".png")
+
+
+FORMATS = {   # name -> the file or folder that tells it, in this order; its reader
+    "rrsisd": ("rrsisd", read_rrsisd),
+    "own": ("phrases.jsonl", lambda root: read_json_lines(root / "phrases.jsonl", root / "images")),
+    "risbench": ("img_rgb", read_risbench),
+    "refsegrs": ("output_phrase_train.txt", lambda root: read_phrase_files(root, "images", "masks", ".tif")),
+}
+
+
+def read_refs(root, dataset=None):
+    """-> the data set's name, and every row of every split. `dataset` is a name in FORMATS; None tells it from the folder.
+    Raises FileNotFoundError or ValueError naming the file and the cure."""
+    root = Path(root)
+    dataset = dataset or next((name for name, (mark, _) in FORMATS.items() if (root / mark).exists()), None)
+    if dataset is None:
+        raise FileNotFoundError(
+            f"{root} holds no data set: none of {', '.join(mark for mark, _ in FORMATS.values())} is there. `python data.py download rrsisd "
+            f"{root}` fetches one, one's own needs phrases.jsonl, images/ and masks/, `train.py --sam tiny` draws its own.")
+    try:
+        refs = FORMATS[dataset][1](root)
+        for ref in refs:
+            if ref.split not in SPLITS or not isinstance(ref.ref_id, (int, str)) or not isinstance(ref.phrase, str) or not isinstance(ref.category, str):
+                raise ValueError(f"ref_id {ref.ref_id} is of split {ref.split!r} and category {ref.category!r}; splits are {', '.join(SPLITS)}")
+        return dataset, refs
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error.filename} is missing: the head of data.py lists what {dataset} consists of. Fetch it, or name the "
+                                "format with --dataset.") from error
+    except Exception as error:                                      # whatever a damaged list holds
+        raise ValueError(f"{root}: the lists of {dataset} are damaged or do not fit together: {error if type(error) is ValueError else repr(error)}. Repair "
+                         "them or fetch them again.") from error
+
+
+def read_mask(ref):
+    """The stored mask (H, W) bool. Raises FileNotFoundError, or ValueError naming the row."""
+    if isinstance(ref.mask, Path):
+        return read_image(ref.mask, lambda image: np.asarray(image) > 0 if image.mode.startswith(("I", "F")) else np.asarray(image.convert("RGB")).any(-1))
+    try:
+        return decode_rle(ref.mask[2], *ref.mask[:2])
+    except Exception as error:
+        raise ValueError(f"mask of ref_id {ref.ref_id} ({ref.image.name}): {error}. Fetch its list again or remove the row.") from error
+
+
+class RefSegDataset(Dataset):
+    """One split of a data set. An item is one image with k of its phrases:
 
         image      (3, S, S) uint8 RGB, bilinear
         masks      (k, 1, S, S) bool, the stored mask, nearest
@@ -145,14 +288,24 @@ class RRSISD(Dataset):
 
     k = 1 is the paper: every phrase is an item of its own. With k > 1 an image's phrases are dealt out k at a time, the
     last group filled up from the first. `cache` keeps decoded items in memory (60 kB an item at S = 96 and k = 4).
+    `clean` passes `masks` through `clean_mask`. `without` holds ref_ids to leave out.
     Raises FileNotFoundError or ValueError naming the file or row and the cure.
     """
 
-    def __init__(self, root, split, side, phrases=1, cache=False):
-        self.root, self.split, self.side = Path(root), split, side
-        self.refs = self.read_refs()
+    def __init__(self, root, split, side, phrases=1, cache=False, dataset=None, clean=False, without=()):
+        self.root, self.split, self.side, self.clean = Path(root), split, side, clean
+        self.dataset, refs = read_refs(root, dataset)
+        self.refs = [ref for ref in refs if ref.split == split and ref.ref_id not in without]
         if not self.refs:
             raise ValueError(f"{self.root} has no phrases in its {split!r} split.")
+        for ref in self.refs:
+            if not says_something(ref.phrase):
+                raise ValueError(f"{self.root}: ref_id {ref.ref_id} ({ref.image.name}) has an empty phrase. Write one or remove the row.")
+        files = {path for ref in self.refs for path in (ref.image, ref.mask) if isinstance(path, Path)}
+        missing = sorted(str(path) for path in files if not path.is_file())
+        if missing:
+            raise FileNotFoundError(f"{len(missing)} files of the {split} split are missing: {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}. "
+                                    "Fetch them again.")
         groups = {}
         for position, ref in enumerate(self.refs):
             groups.setdefault(ref.image if phrases > 1 else position, []).append(ref)
@@ -160,52 +313,17 @@ class RRSISD(Dataset):
                       for group in groups.values() for start in range(0, len(group), phrases)]
         self.cache = {} if cache else None
 
-    def read_refs(self):
-        annotations, folder = self.root / "rrsisd", self.root / "images" / "rrsisd" / "JPEGImages"
-        files = annotations / "refs(unc).p", annotations / "instances.json"
-        for path in (*files, folder):
-            if not path.exists():
-                raise FileNotFoundError(
-                    f"{path} is missing. RRSIS-D in {self.root} means rrsisd/refs(unc).p, rrsisd/instances.json and "
-                    "images/rrsisd/JPEGImages/*.jpg: take them from the Hugging Face data set VoyageWang/rrsis-d. "
-                    "`train.py --sam tiny` draws its own data and needs no download.")
-        try:
-            instances = json.loads(files[1].read_text())
-            category = {row["id"]: row["name"] for row in instances["categories"]}
-            mask = {row["id"]: row["segmentation"][0] for row in instances["annotations"]}
-            refs = [Ref(row["ref_id"], folder / row["file_name"], row["sentences"][0]["sent"].strip(), category[row["category_id"]],
-                        tuple(mask[row["ann_id"]]["size"]), mask[row["ann_id"]]["counts"])
-                    for row in read_pickle(files[0]) if row["split"] == self.split]
-        except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
-            raise ValueError(f"{files[0]} and {files[1]} do not fit together: {error!r}. Fetch both again.") from error
-        for ref in refs:
-            if not any(character.isalnum() for character in ref.phrase):
-                raise ValueError(f"{files[0]}: ref_id {ref.ref_id} ({ref.image.name}) has an empty phrase. "
-                                 "Write one or remove the row.")
-        missing = sorted({ref.image.name for ref in refs if not ref.image.is_file()})
-        if missing:
-            raise FileNotFoundError(f"{folder}: {len(missing)} images of the {self.split} split are missing: "
-                                    f"{', '.join(missing[:5])}{' ...' * (len(missing) > 5)}. Fetch JPEGImages.zip again.")
-        return refs
-
     def __len__(self):
         return len(self.items)
-
-    def mask(self, ref, height, width):
-        """The stored mask at the image's size (in RRSIS-D two images differ from their masks: the mask follows)."""
-        try:
-            return resize_mask(decode_rle(ref.counts, *ref.size), height, width)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.root / 'rrsisd' / 'instances.json'}: mask of ref_id {ref.ref_id} ({ref.image.name}): {error}. "
-                             "Fetch it again or remove the row.") from error
 
     def __getitem__(self, index):
         if self.cache is not None and index in self.cache:
             return self.cache[index]
         refs = self.items[index]
         image = read_image(refs[0].image)
-        originals = [self.mask(ref, image.height, image.width) for ref in refs]
-        masks = np.stack([resize_mask(mask, self.side, self.side) for mask in originals])[:, None]
+        originals = [resize_mask(read_mask(ref), image.height, image.width) for ref in refs]     # in RRSIS-D two images differ from their masks
+        masks = [clean_mask(mask) for mask in originals] if self.clean else originals
+        masks = np.stack([resize_mask(mask, self.side, self.side) for mask in masks])[:, None]
         item = dict(image=image_tensor(image, self.side), masks=torch.from_numpy(masks), originals=originals, refs=refs)
         if self.cache is not None:
             self.cache[index] = dict(item, originals=None)          # training never asks for them
@@ -213,7 +331,7 @@ class RRSISD(Dataset):
 
     def __str__(self):
         text = f"{self.split}: {len(self.refs):,} phrases on {len({ref.image for ref in self.refs}):,} images"
-        return text + f" (all of RRSIS-D: {PUBLISHED[self.split]:,})"
+        return text + (f" (all of {self.dataset}: {PUBLISHED[self.dataset][self.split]:,})" if self.dataset in PUBLISHED else "")
 
 
 def collate(items):
@@ -221,6 +339,198 @@ def collate(items):
     return dict(images=torch.stack([item["image"] for item in items]), masks=torch.cat([item["masks"] for item in items]),
                 originals=[mask for item in items for mask in item["originals"] or []],
                 refs=[ref for item in items for ref in item["refs"]])
+
+
+# -------------------------------------------------------------------------------------------------- check and download
+
+def look_at(refs):
+    """All rows of one image -> its bytes' sha1, [(ref_id, what is wrong, whether training would fail)], {ref_id: IoU of the
+    stored mask with the cleaned one}."""
+    found, speckle, image = [], {}, None
+    try:
+        image = read_image(refs[0].image)
+        digest = hashlib.sha1(refs[0].image.read_bytes()).hexdigest()
+    except (OSError, ValueError) as error:
+        digest = None
+        found += [(ref.ref_id, str(error), True) for ref in refs]
+    for ref in refs:
+        if not says_something(ref.phrase):
+            found.append((ref.ref_id, f"{ref.image.name}: the phrase {ref.phrase!r} is empty", True))
+        try:
+            mask = read_mask(ref)
+        except (OSError, ValueError) as error:
+            found.append((ref.ref_id, str(error), True))
+            continue
+        if image and mask.shape != (image.height, image.width):
+            found.append((ref.ref_id, f"{ref.image}: {image.width} x {image.height} pixels, its mask {mask.shape[1]} x {mask.shape[0]}", False))
+        if not mask.any():
+            found.append((ref.ref_id, f"{ref.image.name}: the mask is empty", False))
+        speckle[ref.ref_id] = overlap(mask, clean_mask(mask))
+    return digest, found, speckle
+
+
+def check(root, dataset=None):
+    """Open every image and mask of a data set -> (dataset, its rows, defects [{ref_id, split, what, fatal}], {ref_id: IoU of the
+    mask with the cleaned one}). A defect is fatal if training would fail of it."""
+    dataset, refs = read_refs(root, dataset)
+    groups = {}
+    for ref in refs:
+        groups.setdefault(ref.image, []).append(ref)
+    defects, speckle, twins = [], {}, {}
+    with ProcessPoolExecutor() as pool:
+        results = pool.map(look_at, groups.values(), chunksize=8)
+        for group, (digest, found, iou) in zip(groups.values(), tqdm(results, f"checking {root}", len(groups), unit="image")):
+            split = {ref.ref_id: ref.split for ref in group}
+            defects += [dict(ref_id=ref_id, split=split[ref_id], what=what, fatal=fatal) for ref_id, what, fatal in found]
+            speckle |= iou
+            if digest:
+                twins.setdefault(digest, []).extend(group)
+    for group in twins.values():
+        if len({ref.split for ref in group}) > 1:
+            places = ", ".join(sorted({f"{ref.image.name} ({ref.split})" for ref in group}))
+            defects += [dict(ref_id=group[0].ref_id, split=group[0].split, what=f"the same image in several splits: {places}", fatal=False)]
+    return dataset, refs, defects, speckle
+
+
+def fingerprint(dataset, refs):
+    """Changes when a list or a file does."""
+    files = sorted({path for ref in refs for path in (ref.image, ref.mask) if isinstance(path, Path)})
+    states = [(path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None for path in files]
+    return hashlib.sha1(repr((dataset, refs, states)).encode(errors="replace")).hexdigest()
+
+
+def fatal_defects(root, dataset=None):
+    """The defects of which training would fail, as ROOT/check.json has them if nothing changed since, or from a check."""
+    try:
+        report = json.loads((Path(root) / "check.json").read_text())
+        if report["fingerprint"] == fingerprint(*read_refs(root, dataset)):
+            return [defect for defect in report["defects"] if defect["fatal"]]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pass                                                        # never checked, or not to be relied on
+    checked = check(root, dataset)
+    try:
+        save_check(root, *checked)
+    except OSError as error:
+        print(f"{root}/check.json cannot be written ({error.strerror}): every start will check the data again")
+    return [defect for defect in checked[2] if defect["fatal"]]
+
+
+def save_check(root, dataset, refs, defects, speckle):
+    partial = Path(root) / "check.json.partial"
+    partial.write_text(json.dumps(dict(dataset=dataset, fingerprint=fingerprint(dataset, refs), phrases=Counter(ref.split for ref in refs),
+                                       defects=defects, speckle=speckle), indent=1))
+    partial.replace(Path(root) / "check.json")
+
+
+def speckle_table(refs, speckle):
+    """How far the stored masks are from their cleaned selves, over all rows and per category, as a markdown table."""
+    lines = ["| category | phrases | IoU, 5 % | 25 % | median | out of reach of Pr@0.9 |", "|---|---|---|---|---|---|"]
+    for category in ["all", *sorted({ref.category for ref in refs})]:
+        values = np.array([speckle[ref.ref_id] for ref in refs if ref.ref_id in speckle and category in ("all", ref.category)])
+        if len(values):
+            lines.append(f"| {category} | {len(values):,} | " + " | ".join(f"{q:.3f}" for q in np.quantile(values, (0.05, 0.25, 0.5))) +
+                         f" | {(values <= 0.9).mean():.1%} |")
+    return "\n".join(lines)
+
+
+def sample_sheet(refs, columns=4, rows=3, side=300):
+    """Some rows, drawn from all by chance: the image, its mask outlined, the phrase below -> PIL image."""
+    sheet = Image.new("RGB", (columns * (side + 10), rows * (side + 34)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, ref in enumerate(random.Random(0).sample(refs, min(columns * rows, len(refs)))):
+        image, mask = read_image(ref.image), read_mask(ref)
+        edge = Image.fromarray(resize_mask(mask, side, side)).convert("L").filter(ImageFilter.FIND_EDGES).filter(ImageFilter.MaxFilter(3))
+        image = Image.composite(Image.new("RGB", (side, side), (255, 40, 40)), image.resize((side, side)), edge)
+        x, y = place % columns * (side + 10), place // columns * (side + 34)
+        sheet.paste(image, (x, y))
+        draw.text((x, y + side + 2), f"{ref.split}: {ref.phrase[:46]}\n{ref.phrase[46:100]}", fill="black")
+    return sheet
+
+
+def report_check(root, dataset=None):
+    """What `data.py check` prints and writes. Raises ValueError at its end if training would fail."""
+    dataset, refs, defects, speckle = check(root, dataset)
+    counts = Counter(ref.split for ref in refs)
+    for split in sorted(counts.keys() | PUBLISHED.get(dataset, {}).keys()):
+        published = PUBLISHED.get(dataset, {}).get(split)
+        print(f"{dataset} {split}: {counts[split]:,} phrases" + (f", published {published:,}" if published else ""))
+    for defect in defects:
+        print(f"{'DEFECT' if defect['fatal'] else 'note'}: {defect['split']}, ref_id {defect['ref_id']}: {defect['what']}")
+    print("Stored masks against their 5 x 5 median. Where the IoU is at most 0.9, a prediction without the noise cannot count for Pr@0.9 "
+          "(things of a few pixels, which the median rounds off, are among them):")
+    print(speckle_table(refs, speckle))
+    save_check(root, dataset, refs, defects, speckle)
+    bad = {defect["ref_id"] for defect in defects if defect["fatal"]}
+    sample_sheet([ref for ref in refs if ref.ref_id not in bad]).save(Path(root) / "check.jpg", quality=90)
+    print(f"wrote {root}/check.json and {root}/check.jpg")
+    if bad:
+        raise ValueError(f"{root}: training would fail of {len(bad)} rows, listed above. Fetch their files again, or train with --skip-bad.")
+
+
+HUB = {"rrsisd": ("VoyageWang/rrsis-d", ("JPEGImages.zip", "instances.json", "refs(unc).p")),
+       "refsegrs": ("JessicaYuan/RefSegRS", ("RefSegRS.zip",))}
+
+
+def download(dataset, root):
+    """Fetch a data set from the Hugging Face hub, compare the sha256 that the hub gives, and unpack it into ROOT. What the hub's
+    cache has is not fetched again. Raises OSError or ValueError."""
+    from huggingface_hub import HfApi, hf_hub_download             # reads HF_ENDPOINT and HF_HOME when it is imported
+    repository, wanted = HUB[dataset]
+    try:
+        info = HfApi().dataset_info(repository, files_metadata=True)
+        files = {PurePosixPath(file.rfilename).name: file for file in info.siblings}
+        paths = {name: Path(hf_hub_download(repository, files[name].rfilename, repo_type="dataset", revision=info.sha)) for name in wanted}
+    except Exception as error:                                      # each version of the client has its own kinds
+        raise OSError(f"cannot fetch {', '.join(wanted)} of {repository}: {str(error).splitlines()[0] if str(error) else repr(error)}. Try again.") from error
+    for name, path in paths.items():
+        if files[name].lfs:
+            verify(path, files[name].lfs.sha256, f"{name} of {repository}")
+        if path.suffix == ".zip":
+            unpack(path, root, dataset)
+        else:
+            (root / "rrsisd").mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, root / "rrsisd" / name)
+
+
+def verify(path, expected, name):
+    """Delete a file from the hub's cache, and raise ValueError, unless its sha256 is the expected one."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    if (got := digest.hexdigest()) != expected:
+        path.resolve().unlink()                                     # the cache holds a link to it
+        path.unlink(missing_ok=True)
+        raise ValueError(f"{name} has sha256 {got}, not {expected}: the download is damaged or not the published file, and was deleted. "
+                         "Try again, or another HF_ENDPOINT.")
+
+
+def unpack(path, root, dataset):
+    """A data set's zip into its layout. Raises ValueError, before anything is written, if a member's name leads elsewhere, or
+    if the zip is damaged, and OSError if it does not fit on the disk."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if not member.is_dir()]
+            for member in members:
+                inside(root, member.filename.replace("\\", "/"))
+            root.mkdir(parents=True, exist_ok=True)
+            if (size := sum(member.file_size for member in members)) > shutil.disk_usage(root).free:
+                raise OSError(f"{path.name} unpacks to {size / 2**30:.1f} GiB, more than {root} has room for.")
+            top = next((PurePosixPath(member.filename).parent for member in members if member.filename.endswith("output_phrase_train.txt")), "")
+            for member in tqdm(members, f"unpacking {path.name}", unit="file"):
+                name = PurePosixPath(member.filename)
+                if dataset == "rrsisd":
+                    target = root / "images" / "rrsisd" / "JPEGImages" / name.name
+                elif name.is_relative_to(top):
+                    target = root / name.relative_to(top)
+                else:
+                    continue
+                if not target.exists() or target.stat().st_size != member.file_size:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with archive.open(member) as source, open(target, "wb") as file:
+                        shutil.copyfileobj(source, file)
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{path} is no whole zip ({error}). Remove it and fetch it again.") from error
 
 
 # --------------------------------------------------------------------------------------------------- the toy's scenes
@@ -522,14 +832,15 @@ def write_toy(root, train=3000, val=100, test=320, seed=0):
     annotations.mkdir(exist_ok=True)
     splits = ["train"] * train + ["val"] * val + ["test"] * test
     jobs = [(folder, seed, index, split) for index, split in enumerate(splits)]
-    with multiprocessing.Pool() as pool:
-        rows = list(tqdm(pool.imap(save_scene, jobs, chunksize=16), f"drawing {root}", len(jobs), unit="scene"))
+    with ProcessPoolExecutor() as pool:
+        rows = list(tqdm(pool.map(save_scene, jobs, chunksize=16), f"drawing {root}", len(jobs), unit="scene"))
     images = [dict(id=index, file_name=f"{index:05d}.jpg", height=SCENE, width=SCENE) for index in range(len(jobs))]
     (annotations / "instances.json").write_text(json.dumps(dict(
         images=images, annotations=[row for _, some in rows for row in some],
         categories=[dict(id=i, name=name) for i, name in enumerate(CATEGORIES)])))
-    with open(annotations / "refs(unc).p", "wb") as file:           # last: a folder that has it is complete
-        pickle.dump([ref for some, _ in rows for ref in some], file)
+    partial = annotations / "refs.partial"                          # last, and whole or not at all: a folder that has it is complete
+    partial.write_bytes(pickle.dumps([ref for some, _ in rows for ref in some]))
+    partial.replace(annotations / "refs(unc).p")
 
 
 def toy_tokenizer():
@@ -542,11 +853,27 @@ def toy_tokenizer():
     return tokenizer
 
 
+def leave_group(worker):
+    """worker_init_fn of a DataLoader: a Ctrl-C, or a signal to the whole job, must not reach the processes that read images
+    while the training process finishes its step and saves; but they must end with it (torch's own watch can wait for ever
+    for somebody to empty its queue)."""
+    parent = os.getppid()
+
+    def follow():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    if hasattr(os, "setsid"):                                       # where there are such groups: not on Windows
+        os.setsid()
+
+
 def run(main):
     """Run a command: bad input ends it with one line and exit status 1 instead of a traceback."""
     try:
         main()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, BrokenProcessPool) as error:
         text = str(error)
         if "DataLoader worker" in text:                             # a worker's error arrives as its whole traceback: keep the message
             text = text.strip().splitlines()[-1].partition("Error: ")[2]
@@ -561,16 +888,28 @@ def positive(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw a toy RRSIS-D.")
-    parser.add_argument("command", choices=["toy"])
-    parser.add_argument("dir", type=Path)
-    parser.add_argument("--train", type=positive, default=3000, help="scenes, four phrases each")
-    parser.add_argument("--val", type=positive, default=100)
-    parser.add_argument("--test", type=positive, default=320)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(description="Check, download or draw a data set.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    some = commands.add_parser("check", help="open every image and mask, list every defect, write check.json and a sheet of samples")
+    some.add_argument("dir", type=Path)
+    some.add_argument("--dataset", choices=list(FORMATS), help="if the folder does not tell")
+    some = commands.add_parser("download", help="fetch from the Hugging Face hub, verify, unpack, check")
+    some.add_argument("dataset", choices=list(HUB))
+    some.add_argument("dir", type=Path)
+    some = commands.add_parser("toy", help="draw a toy RRSIS-D")
+    some.add_argument("dir", type=Path)
+    some.add_argument("--train", type=positive, default=3000, help="scenes, four phrases each")
+    some.add_argument("--val", type=positive, default=100)
+    some.add_argument("--test", type=positive, default=320)
+    some.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    write_toy(args.dir, args.train, args.val, args.test, args.seed)
-    print(f"{args.dir}: {4 * args.train:,} train, {4 * args.val:,} val, {4 * args.test:,} test phrases")
+    if args.command == "toy":
+        write_toy(args.dir, args.train, args.val, args.test, args.seed)
+        print(f"{args.dir}: {4 * args.train:,} train, {4 * args.val:,} val, {4 * args.test:,} test phrases")
+        return
+    if args.command == "download":
+        download(args.dataset, args.dir)
+    report_check(args.dir, args.dataset)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Score a checkpoint on one split of RRSIS-D, and draw what it got right and wrong.
+"""Score a checkpoint on one split of a data set, and draw what it got right and wrong.
 
     python evaluate.py runs/tiny/best.safetensors [--data DIR] [--split test] [--shuffle-phrases]
     python evaluate.py --bench b
@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import RRSISD, collate, positive, read_image, run
+from data import FORMATS, RefSegDataset, collate, leave_group, positive, read_image, run
 from rsrefseg import SIGLIP_HUB, SIZES, RSRefSeg, masks_at, overlay, read_checkpoint, usable_device
 from siglip import tokenize
 
@@ -49,22 +50,29 @@ def scores(rows):
             "samples": len(rows), "both_empty": sum(row["union"] == 0 for row in rows)}
 
 
+def processes():
+    """-> the number of this process, and how many share the work, as torchrun started them; (0, 1) for one alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 @torch.inference_mode()
 def evaluate(model, dataset, batch_size, amp=None, workers=0, shuffle_phrases=False):
     """-> one row a phrase: {ref_id, image, phrase, category, intersection, union, iou}, in the data set's order.
 
     `amp` is the autocast type or None. `shuffle_phrases` gives each image the phrase of a sample half a data set away: a
-    model that reads the phrase fails then.
+    model that reads the phrase fails then. Where several processes share the work each scores every n-th sample, once, and
+    all get all rows.
     """
     model.eval()
-    device, rows = model.sam.mean.device, []
+    device, rows, (rank, world) = model.sam.mean.device, [], processes()
     order = [ref.phrase for ref in dataset.refs]
     if shuffle_phrases:
         order = order[len(order) // 2:] + order[:len(order) // 2]
-    loader = DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers)
-    with tqdm(total=len(dataset), desc=f"evaluating {dataset.split}", unit="phrase", leave=False) as bar:
+    mine = range(rank, len(dataset), world)
+    loader = DataLoader(Subset(dataset, mine), batch_size, collate_fn=collate, num_workers=workers, worker_init_fn=leave_group)
+    with tqdm(total=len(mine), desc=f"evaluating {dataset.split}", unit="phrase", leave=False, disable=rank > 0) as bar:
         for batch in loader:
-            phrases = order[len(rows):len(rows) + len(batch["refs"])]
+            phrases = [order[i] for i in mine[len(rows):len(rows) + len(batch["refs"])]]
             ids, mask = (x.to(device) for x in tokenize(model.tokenizer, phrases))
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 logits = model(batch["images"].to(device) / 255, ids, mask)
@@ -74,6 +82,10 @@ def evaluate(model, dataset, batch_size, amp=None, workers=0, shuffle_phrases=Fa
                 rows.append(dict(ref_id=ref.ref_id, image=str(ref.image), phrase=phrase, category=ref.category,
                                  intersection=both, union=either, iou=iou(both, either)))
             bar.update(len(phrases))
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, rows)
+        rows = [shares[i % world][i // world] for i in range(len(dataset))]
     return rows
 
 
@@ -153,6 +165,7 @@ def main():
     parser.add_argument("--bench", nargs="?", choices=list(SIZES), const="b", help="time this size (default b) with random weights instead")
     parser.add_argument("--official", action="store_true", help="the checkpoint is one of the released code (.pth or .safetensors)")
     parser.add_argument("--data", type=Path, help="data folder, if not the one it was trained on")
+    parser.add_argument("--dataset", choices=list(FORMATS), help="its format, if the folder does not tell")
     parser.add_argument("--split", default="test", choices=["train", "val", "test"])
     parser.add_argument("--shuffle-phrases", action="store_true", help="give each image another sample's phrase: the control")
     parser.add_argument("--batch-size", type=positive, help="default 16, with --bench 1")
@@ -170,6 +183,7 @@ def main():
         parser.error("name the checkpoint to score, or give --bench")
     about = {} if args.official else read_checkpoint(args.checkpoint)[0]
     data = args.data or about.get("args", {}).get("data")
+    form = args.dataset or (None if args.data else about.get("args", {}).get("dataset"))
     if data is None:
         raise ValueError(f"{args.checkpoint} does not say what it was trained on: give the data folder with --data.")
     dtype = AMP[args.amp] or torch.float32
@@ -177,7 +191,7 @@ def main():
         model = RSRefSeg.load_official(args.checkpoint, args.siglip or SIGLIP_HUB, dtype=dtype).to(args.device)
     else:
         model = RSRefSeg.from_checkpoint(args.checkpoint, args.siglip, args.sam_weights, dtype).to(args.device)
-    dataset = RRSISD(data, args.split, model.image_size)
+    dataset = RefSegDataset(data, args.split, model.image_size, dataset=form)
     rows = evaluate(model, dataset, args.batch_size or 16, AMP[args.amp], args.workers, args.shuffle_phrases)
     result, categories = scores(rows), by_category(rows)
     print(table(categories))

@@ -9,12 +9,11 @@ Shapes: B images, N phrases (N = B k, the k phrases of an image side by side), L
 D SigLIP width, C SAM prompt width, g SigLIP grid, e SAM grid, M sparse prompts, H W pixels, r rank.
 """
 import argparse
-import hashlib
 import json
 import os
 import pickle
 import re
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 import lora
 import sam as sam_file
 import siglip as siglip_file
-from data import image_tensor, read_image, run, to_rgb, toy_tokenizer
+from data import image_tensor, read_image, run, to_rgb, toy_tokenizer, verify
 from sam import SAM
 from siglip import SigLIP, canonical, load_tokenizer, tokenize
 
@@ -142,7 +141,8 @@ class RSRefSeg(nn.Module):
     the first is used, so the hyper-networks of the others train with a gradient of zero, as in the released code.
 
     `dtype` is the type of the towers' frozen Linear and convolution weights: the autocast type halves their memory and saves
-    casting them at every call (the model then runs under autocast of that type only). What trains stays fp32. `init=False` leaves the towers unwritten, to be loaded at once.
+    casting them at every call (the model then runs under autocast of that type only). What trains stays fp32. `init=False`
+    leaves the towers unwritten, to be loaded at once.
     """
 
     def __init__(self, sam="b", lora_rank=None, lora_alpha=16, lora_dropout=0.1, down_blocks=2, dtype=torch.float32, init=True):
@@ -173,6 +173,11 @@ class RSRefSeg(nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
                 module.to(dtype)
 
+    def checkpoint_activations(self):
+        """From now on training keeps only what enters each layer of the towers, and computes the rest again, backwards."""
+        for encoder in (self.siglip.text_model.encoder, self.siglip.vision_model.encoder, self.sam.vision_encoder):
+            encoder.checkpoint = True
+
     def encode(self, images):
         """images (B, 3, S, S) in [0, 1] -> F_sam (B, C, e, e), V (B, D, g, g): what both towers see, without the phrase."""
         return self.sam.encode_image(images), self.siglip.encode_image(images)
@@ -183,8 +188,9 @@ class RSRefSeg(nn.Module):
             raise ValueError(f"{len(ids)} phrases for {len(features[0])} images: every image needs the same number.")
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         t, s = self.siglip.encode_text(ids, mask)                                               # (N, L, D), (N, D)
-        with torch.autocast(t.device.type, enabled=False):      # autocast is for the towers; the rest is 2 % of the work, and
-            t, s, f_sam, v = (x.float() for x in (t, s, *features))             # in bf16 it would move the mask's edge most
+        # Autocast is for the towers. The rest is 2 % of the work, and in bf16 it would move the mask's edge more than they do.
+        with torch.autocast(t.device.type, enabled=False):
+            t, s, f_sam, v = (x.float() for x in (t, s, *features))
             f_sam, v = (x.repeat_interleave(len(ids) // len(x), 0) for x in (f_sam, v))         # (N, C, e, e), (N, D, g, g)
             code = self.sam.shared_image_embedding
             a, b = self.siglip.logit_scale.exp(), self.siglip.logit_bias
@@ -272,9 +278,8 @@ class RSRefSeg(nn.Module):
         else:
             about["tokenizer"] = self.tokenizer.to_str()                # the file holds all there is, so this too
         tensors = {key: tensor.contiguous() for key, tensor in lora.trained_state_dict(self).items()}
-        partial = Path(f"{path}.partial")
-        save_file(tensors, partial, {key: json.dumps(value) for key, value in about.items()})
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            save_file(tensors, partial, {key: json.dumps(value) for key, value in about.items()})
 
     def refuse_merged(self):
         if self.settings["lora_rank"] and not lora.adapted_layers(self):
@@ -357,7 +362,10 @@ class RSRefSeg(nn.Module):
         settings, towers = dict(about["settings"], dtype=dtype), about.get("backbones", {})
         if "tokenizer" in about:                                        # a model without LoRA: the file holds all there is
             model = cls(**settings)
-            model.tokenizer = Tokenizer.from_str(about["tokenizer"])
+            try:
+                model.tokenizer = Tokenizer.from_str(about["tokenizer"])
+            except Exception as error:                                  # tokenizers raises nothing more specific
+                raise ValueError(f"{path} holds a damaged tokenizer ({error}). Copy it again.") from error
         elif "official" in towers:
             model = cls.load_official(sam_weights or towers["official"], siglip or towers["siglip"], **settings)
         else:
@@ -417,6 +425,9 @@ def read_official(path):
     return state
 
 
+SETTINGS = {"sam", "lora_rank", "lora_alpha", "lora_dropout", "down_blocks"}           # with which a checkpoint's model was built
+
+
 def read_checkpoint(path):
     """-> metadata dict, tensors dict. Raises FileNotFoundError, or ValueError naming what is wrong with the file."""
     if not Path(path).is_file():
@@ -427,9 +438,26 @@ def read_checkpoint(path):
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole checkpoint ({error}). Copy it again or train anew.") from error
-    if about.get("settings", {}).get("sam") not in SIZES:
-        raise ValueError(f"{path} is a safetensors file but no checkpoint of train.py: its metadata names none of {list(SIZES)}.")
+    settings = about.get("settings")
+    if not isinstance(settings, dict) or settings.keys() != SETTINGS or settings["sam"] not in list(SIZES) or not all(
+            isinstance(settings[name], (int, float)) and 0 <= settings[name] <= 1024 for name in SETTINGS - {"sam"}):
+        raise ValueError(f"{path} is a safetensors file but no checkpoint of train.py: its metadata does not hold {sorted(SETTINGS)}.")
     return about, tensors
+
+
+@contextmanager
+def whole_file(path):
+    """-> a temporary name to write to. Only what is complete and on the disk takes the name `path`: a crash at any moment
+    leaves the old file or the new one, whole. Raises OSError naming the file, with the old one in place."""
+    partial = Path(f"{path}.partial")
+    try:
+        yield partial
+        with open(partial, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({(str(error) or repr(error)).splitlines()[0]}). Is the disk full? What {path} held before is whole.") from error
 
 
 def is_checkpoint(path):
@@ -463,15 +491,7 @@ def fetch(source, name):
         raise FileNotFoundError(f"cannot fetch {name} of {source}: {reason} Without a network, copy the repository's files to a "
                                 "folder and name that (--siglip, --sam-weights). `--sam tiny` needs no weights.") from error
     if expected and name == "model.safetensors" and not isinstance(cached, str):
-        digest = hashlib.sha256()
-        with open(found, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-        if (got := digest.hexdigest()) != expected:
-            found.resolve().unlink()                                    # the cache holds a link to it
-            found.unlink(missing_ok=True)
-            raise ValueError(f"{name} of {source} has sha256 {got}, not {expected}: the download is damaged or not the published "
-                             "file, and was deleted. Try again, or another HF_ENDPOINT.")
+        verify(found, expected, f"{name} of {source}")
     return found
 
 

@@ -3,26 +3,37 @@
     python train.py --sam tiny                     draws its data, needs no download, minutes on two CPU cores
     python train.py --sam b                        the paper's recipe; fetches the pretrained towers once
     python train.py --sam b --resume
+    torchrun --nproc-per-node 8 train.py --sam b
 
 Writes into --out: last.safetensors and best.safetensors (by val gIoU; only what trains, settings in the metadata),
-resume.pt (the same with optimiser and random state) and log.jsonl.
+resume.pt (all that a run consists of) and log.jsonl. Ctrl-C and SIGTERM end after the step, saved; whatever ends a run,
+--resume goes on from its last resume.pt as if nothing had happened: on a CPU in fp32 to the last bit.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
 import pickle
+import shlex
+import signal
+import sys
 import time
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import lora
-from data import RRSISD, collate, positive, run, write_toy
-from evaluate import AMP, default_amp, evaluate, line, scores
-from rsrefseg import SIGLIP_HUB, SIZES, RSRefSeg, is_checkpoint, usable_device
+from data import FORMATS, RefSegDataset, collate, fatal_defects, leave_group, positive, run, write_toy
+from evaluate import AMP, default_amp, evaluate, line, processes, scores
+from rsrefseg import SIGLIP_HUB, SIZES, RSRefSeg, is_checkpoint, usable_device, whole_file
 from sam import SIZES as SAM_SIZES
 from siglip import tokenize
 
@@ -38,7 +49,10 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--sam", choices=list(SIZES), required=True, help="size of the model")
     # files
-    add("--data", type=Path, help="folder in RRSIS-D's layout; unset data/rrsis-d, for tiny data/toy-SEED, drawn when missing")
+    add("--data", type=Path, help="folder of RRSIS-D, RefSegRS, RISBench or your own (see data.py); unset data/rrsis-d, for tiny data/toy-SEED, drawn when missing")
+    add("--dataset", choices=list(FORMATS), help="format of --data, if the folder does not tell")
+    add("--skip-bad", action="store_true", help="train without the rows of train that cannot be used; val and test must be whole")
+    add("--clean-masks", action="store_true", help="train on masks without the noise around their edges; scores use the stored ones")
     add("--out", type=Path, help="folder for checkpoints and logs; unset runs/SAM")
     add("--siglip", help=f"SigLIP weights: file, folder or hub name; unset {SIGLIP_HUB}, or those of --init")
     add("--sam-weights", help="SAM weights: file, folder, hub name or Meta's .pth; unset by size, or those of --init")
@@ -62,12 +76,14 @@ def parse_args(argv=None):
     # machine
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
     add("--amp", choices=list(AMP), help="autocast type; unset bf16 on CUDA, off elsewhere")
+    add("--deterministic", action="store_true", help="the same bits again on the same GPU; what has no such kernel is named in a warning")
     add("--checkpoint-activations", action="store_true", help="keep less for the backward pass: half the memory, 4 tenths more time")
     add("--workers", type=int, default=4, help="processes that read images")
     add("--cache", action=argparse.BooleanOptionalAction, default=False, help="keep training data in memory; with --workers 0")
     add("--seed", type=int, default=0, help="of initial weights and order")
     add("--toy-seed", type=int, default=0, help="seed of the toy scenes, when they have to be drawn")
     add("--log-every", type=positive, default=50, help="optimiser steps between log lines")
+    add("--save-every", type=positive, default=200, help="optimiser steps between writings of resume.pt")
     add("--val-every", type=positive, default=1, help="epochs between validations, each of which writes a checkpoint")
     if parser.parse_known_args(argv)[0].sam == "tiny":
         parser.set_defaults(**TINY)
@@ -78,8 +94,6 @@ def parse_args(argv=None):
     args.amp = args.amp or default_amp(args.device)
     if args.sam == "tiny" and args.lora_rank:
         parser.error("--sam tiny has no pretrained towers that --lora-rank could adapt")
-    if args.total_batch % args.batch_size:
-        parser.error(f"--total-batch {args.total_batch} is no multiple of --batch-size {args.batch_size}")
     return args
 
 
@@ -92,6 +106,8 @@ def learning_rate(step, steps_per_epoch, args):
         return args.lr * (0.01 + 0.99 * min(1, step / max(1, warmup - 1)))
     return args.lr * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))))
 
+
+SKIPS = 20   # as many steps in a row without a finite gradient end the run
 
 GROUPS = {"prompter.": "prompter", "sam.prompt_encoder.": "mask prompt", "sam.mask_decoder.": "mask decoder", "": "towers"}
 
@@ -115,34 +131,100 @@ def optimiser_groups(model, args):
     return [dict(params=parameters, name=name, weight_decay=args.weight_decay) for name, parameters in groups.items()]
 
 
+@contextmanager
+def noted_signals():
+    """-> a list of the signals, SIGINT and SIGTERM, that came; the second one ends the process at once (under torchrun, which passes on
+    what already came, it does not: torchrun kills after 30 s)."""
+    came = []
+
+    def note(number, frame):
+        came.append(signal.Signals(number))
+        if not dist.is_initialized():
+            signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def start_processes(args):
+    """Join the processes that torchrun started, if it did -> the number of this one, and how many there are."""
+    if "WORLD_SIZE" in os.environ:
+        cuda = args.device.startswith("cuda")
+        if cuda:
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))     # as long as drawing or downloading may take
+    return processes()
+
+
 def batches(dataset, args, step, steps_per_epoch):
-    """Training batches from optimiser step `step` on, without end. The order is drawn anew each epoch from (seed, epoch)
-    alone, so a resumed run sees what an uninterrupted one would; the items over that fill no whole step are left out."""
+    """This process's training batches from optimiser step `step` on, without end. The order is drawn anew each epoch from
+    (seed, epoch) alone and dealt out batch by batch, so a resumed run sees what an uninterrupted one would, on any number
+    of processes; the items over that fill no whole step are left out."""
+    rank, world = processes()
     while True:
         epoch, done = divmod(step, steps_per_epoch)
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed * 100_003 + epoch))
-        order = order[done * args.total_batch:steps_per_epoch * args.total_batch].tolist()
+        order = order[done * args.total_batch:steps_per_epoch * args.total_batch].view(-1, world, args.batch_size)[:, rank].flatten().tolist()
         yield from DataLoader(dataset, args.batch_size, sampler=order, collate_fn=collate, num_workers=args.workers,
-                              pin_memory=args.device.startswith("cuda"))
+                              pin_memory=args.device.startswith("cuda"), worker_init_fn=leave_group,
+                              generator=torch.Generator())           # of its own: the model's dropout must not notice the loader
         step = (epoch + 1) * steps_per_epoch
+
+
+def mean_of_processes(number, device):
+    """The mean of a number over all processes, the same to the bit on each."""
+    if not dist.is_initialized():
+        return number
+    shared = torch.tensor(number, dtype=torch.float32, device=device)
+    dist.all_reduce(shared)
+    return shared.item() / dist.get_world_size()
 
 
 def log(args, text, **record):
     tqdm.write(text)
-    with open(args.out / "log.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
+    if processes()[0] == 0:
+        with open(args.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
-def save_atomically(state, path):
-    torch.save(state, f"{path}.partial")
-    os.replace(f"{path}.partial", path)
+def trim_log(path, step, validated):
+    """Drop from log.jsonl what was written after the state that is resumed, and a line that was cut."""
+    kept = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if record["kind"] != "test" and record["step"] <= (validated if record["kind"] == "val" else step):
+            kept.append(text + "\n")
+    with whole_file(path) as partial:
+        partial.write_text("".join(kept))
 
 
-def recipe(args):
-    """The arguments that must not change under a run that is resumed."""
-    free = ("resume", "out", "device", "workers", "cache", "log_every", "draw", "siglip", "sam_weights",
-            "checkpoint_activations")
-    return {name: str(value) for name, value in vars(args).items() if name not in free}
+def recipe(args, refs):
+    """What must not change under a run that is resumed: arguments, and the rows it is trained on."""
+    free = ("resume", "out", "device", "workers", "cache", "log_every", "save_every", "draw", "checkpoint_activations", "deterministic")
+    rows = hashlib.sha1(repr([(ref.ref_id, ref.image.name, ref.phrase) for ref in refs]).encode(errors="replace")).hexdigest()
+    return {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items() if name not in free} | {"rows of train": rows}
+
+
+def dropped_rows(defects, args):
+    """Defects that data.fatal_defects found -> the ref_ids that --skip-bad leaves out of train. Raises ValueError where that may not be."""
+    rows = {(defect["split"], defect["ref_id"]): defect["what"] for defect in defects}
+    elsewhere = [row for row in rows if row[0] != "train"]
+    if elsewhere or (rows and not args.skip_bad):
+        split, ref_id = (elsewhere or list(rows))[0]
+        raise ValueError(f"{args.data}: {len(rows)} rows cannot be used, {len(elsewhere)} of them in val or test, first ref_id {ref_id} of {split}: "
+                         f"{rows[split, ref_id]} `python data.py check {args.data}` lists all. Repair them" +
+                         (": val and test are never scored without some of their rows." if elsewhere else ", or --skip-bad trains without them."))
+    if rows:
+        print(f"--skip-bad: {len(rows)} rows of train are left out, as `python data.py check {args.data}` lists them")
+    return {ref_id for _, ref_id in rows}
 
 
 def initial_model(args):
@@ -170,7 +252,7 @@ def load_resume(path, wanted):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is not a whole resume file ({error}). Start anew with another --out.") from error
-    changed = [f"--{name.replace('_', '-')} {state['recipe'].get(name)} -> {value}"
+    changed = [f"{name} {state['recipe'].get(name)} -> {value}"
                for name, value in wanted.items() if state["recipe"].get(name, "None") != value]
     if changed:
         raise ValueError(f"{path} belongs to another recipe: {', '.join(changed)}. Resume with the run's own arguments.")
@@ -179,120 +261,181 @@ def load_resume(path, wanted):
 
 def main(argv=None):
     args = parse_args(argv)
+    rank, world = start_processes(args)
+    if rank:
+        sys.stdout = open(os.devnull, "w")                                             # the first process speaks for all
     device = torch.device(args.device)
     amp = AMP[args.amp]
-    torch.manual_seed(args.seed)
-    if (args.out / "resume.pt").exists() != args.resume:
-        raise ValueError(f"{args.out} holds no run to resume: start without --resume." if args.resume else
-                         f"{args.out} already holds a run: continue it with --resume, or name another folder with --out.")
+    accumulate, rest = divmod(args.total_batch, args.batch_size * world)
+    if rest:
+        raise ValueError(f"--total-batch {args.total_batch} is no multiple of --batch-size {args.batch_size}" + f" x {world} processes" * (world > 1))
+    held = [name for name in ("resume.pt", "last.safetensors", "best.safetensors") if (args.out / name).exists()]
+    if args.resume and "resume.pt" not in held:
+        raise ValueError(f"{args.out} holds no run to resume, no resume.pt: " + ("name another --out." if held else "start without --resume."))
+    if held and not args.resume:
+        raise ValueError(f"{args.out} already holds a run ({', '.join(held)}): " + "continue it with --resume, or " * ("resume.pt" in held) +
+                         "name another folder with --out.")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                    # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
     # ------------------------------------------------------------------------------------------------ data
-    if args.draw and not (args.data / "rrsisd" / "refs(unc).p").exists():
+    if args.draw and rank == 0 and not (args.data / "rrsisd" / "refs(unc).p").exists():
         write_toy(args.data, seed=args.toy_seed)
+    defects = [fatal_defects(args.data, args.dataset) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(defects)
+    dropped = dropped_rows(defects[0], args)
     side = SAM_SIZES[SIZES[args.sam].sam].image
-    train_set = RRSISD(args.data, "train", side, args.phrases, args.cache)
-    val_set, test_set = RRSISD(args.data, "val", side), RRSISD(args.data, "test", side)
+    train_set = RefSegDataset(args.data, "train", side, args.phrases, args.cache, args.dataset, args.clean_masks, dropped)
+    val_set, test_set = (RefSegDataset(args.data, split, side, dataset=args.dataset) for split in ("val", "test"))
     for split in (train_set, val_set, test_set):
         print(split)
     steps_per_epoch = len(train_set) // args.total_batch
     if not steps_per_epoch:
         raise ValueError(f"--total-batch {args.total_batch} exceeds the {len(train_set)} training items in {args.data}: lower it.")
-    total, accumulate = args.epochs * steps_per_epoch, args.total_batch // args.batch_size
-    print(f"{steps_per_epoch} steps of {args.total_batch} images x {args.phrases} phrases an epoch ({accumulate} x "
+    total = args.epochs * steps_per_epoch
+    print(f"{steps_per_epoch} steps of {args.total_batch} images x {args.phrases} phrases an epoch ({world} processes x {accumulate} x "
           f"{args.batch_size} images), {total} steps in all, autocast {args.amp}, {device}")
 
     # ------------------------------------------------------------------------------------------------ model and optimiser
+    torch.manual_seed(args.seed)
     model = initial_model(args)
-    for encoder in (model.siglip.text_model.encoder, model.siglip.vision_model.encoder, model.sam.vision_encoder):
-        encoder.checkpoint = args.checkpoint_activations
+    if args.checkpoint_activations:
+        model.checkpoint_activations()
+    if world > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last)                                # convolutions run faster in this layout
     print(lora.table(model))
-    optimiser = torch.optim.AdamW(optimiser_groups(model, args), args.lr, betas=(0.9, 0.999), fused=True)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    assert sorted(id(p) for group in optimiser.param_groups for p in group["params"]) == sorted(map(id, parameters))
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")            # bf16 has fp32's range and needs none
-
+    groups = optimiser_groups(model, args)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimiser = torch.optim.AdamW(groups, lr=args.lr, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else None
     args.out.mkdir(parents=True, exist_ok=True)
 
     # ------------------------------------------------------------------------------------------------ resume
-    step, best = 0, -1.0
+    step, validated, best, running, logged, unusable, skipped = 0, 0, -1.0, 0.0, 0, 0, 0
     if args.resume:
-        state = load_resume(args.out / "resume.pt", recipe(args))
+        state = load_resume(args.out / "resume.pt", recipe(args, train_set.refs))
         model.copy_trained(state["model"], state["settings"], args.out / "resume.pt")
         optimiser.load_state_dict(state["optimiser"])
         scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"])
-        torch.cuda.set_rng_state_all(state["random_cuda"])
-        step, best = state["step"], state["best"]
+        step, validated, best, running, logged, unusable, skipped = state["counts"]
         print(f"resumed {args.out} at step {step}, best val gIoU {best:.2f}")
+    if rank == 0:
+        trim_log(args.out / "log.jsonl", step, validated)
+
+    def validation_due(step):
+        return step >= total or step % (args.val_every * steps_per_epoch) == 0
+
+    def keep():
+        """All that a run consists of. Random numbers need no state: order and dropout follow from (seed, step, process)."""
+        if rank == 0:
+            with whole_file(args.out / "resume.pt") as partial:
+                torch.save(dict(counts=(step, validated, best, running, logged, unusable, skipped), model=lora.trained_state_dict(model),
+                                settings=model.settings, optimiser=optimiser.state_dict(), scaler=scaler.state_dict(),
+                                recipe=recipe(args, train_set.refs)), partial)
 
     # ------------------------------------------------------------------------------------------------ loop
     stream, started, since = batches(train_set, args, step, steps_per_epoch), time.time(), step
-    running = torch.zeros((), device=device)
     model.train()
-    with tqdm(total=total, initial=step, unit="step", desc=f"training {args.sam}") as bar:
-        while step < total:
+    with noted_signals() as signals, tqdm(
+            total=total, initial=step, unit="img", unit_scale=args.total_batch, desc=f"training {args.sam}", disable=rank > 0) as bar:
+        while True:
+            if stopped := bool(mean_of_processes(float(bool(signals)), device)):       # one was told to stop: all do
+                keep()
+                starter = "python" if world == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+                command = shlex.join(["train.py", *(sys.argv[1:] if argv is None else argv), *["--resume"] * (not args.resume)])
+                tqdm.write(f"{signals[0].name if signals else 'stopped'} after step {step} of {total}: saved. Go on with\n    "
+                           f"{starter} {command}")
+                break
+            if validated < step and validation_due(step):
+                began = time.time()
+                for buffer in model.buffers() if world > 1 else ():                    # where BatchNorm is not synchronised the
+                    dist.broadcast(buffer, 0)                                          # first process's statistics count
+                result = scores(evaluate(model, val_set, args.batch_size, amp, args.workers))
+                model.train()
+                better, best, validated = result["gIoU"] > best, max(best, result["gIoU"]), step
+                about = dict(args={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, step=step, val=result)
+                if rank == 0:
+                    model.save(args.out / "last.safetensors", **about)
+                    if better:
+                        model.save(args.out / "best.safetensors", **about)
+                log(args, line(f"val   e {step / steps_per_epoch:06.2f} step {step:06d}", result) +
+                    f" | {time.time() - began:.0f} s" + f" | best -> {args.out / 'best.safetensors'}" * better,
+                    kind="val", step=step, **result)
+                keep()
+                started += time.time() - began
+                continue                                                               # to see whether a signal came
+            if step >= total:
+                break
+
+            torch.manual_seed((args.seed * 1_000_003 + step) * 10_007 + rank)          # of dropout
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, steps_per_epoch, args)
-            for _ in range(accumulate):
+            samples, step_loss, buffers = [], torch.zeros((), device=device), [buffer.clone() for buffer in model.buffers()]
+            for micro in range(accumulate):
                 batch = next(stream)
+                samples += [ref.ref_id for ref in batch["refs"]]
                 images, masks = (batch[key].to(device, non_blocking=True) for key in ("images", "masks"))
                 ids, mask = (x.to(device) for x in tokenize(model.tokenizer, [ref.phrase for ref in batch["refs"]]))
                 taps = {}
-                with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-                    logits = model(images / 255, ids, mask, taps)
-                loss = model.loss(logits, masks, args.dice)
-                if args.map_loss:
-                    loss = loss + args.map_loss * model.map_loss(taps["sentence_map"], masks, args.dice)
-                scaler.scale(loss / accumulate).backward()
-                running += loss.detach() / accumulate
+                with ddp.no_sync() if ddp and micro < accumulate - 1 else nullcontext():    # gradients travel once a step
+                    with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                        logits = (ddp or model)(images / 255, ids, mask, taps)
+                    loss = model.loss(logits, masks, args.dice)
+                    if args.map_loss:
+                        loss = loss + args.map_loss * model.map_loss(taps["sentence_map"], masks, args.dice)
+                    scaler.scale(loss / accumulate).backward()
+                step_loss += loss.detach() / accumulate
             scaler.unscale_(optimiser)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
-            scaler.step(optimiser)
+            norm = nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()  # waits: what is not finite must not
+            if math.isfinite(norm):                                                    # reach the weights
+                scaler.step(optimiser)
             scaler.update()
             optimiser.zero_grad(set_to_none=True)
             step += 1
             bar.update()
+            loss = mean_of_processes(step_loss.item(), device)
+            if math.isfinite(norm):
+                running, logged, unusable = running + loss, logged + 1, 0
+            else:
+                unusable, skipped = unusable + 1, skipped + 1
+                for buffer, before in zip(model.buffers(), buffers):                   # BatchNorm has seen it already
+                    buffer.copy_(before)
+                if world > 1:
+                    dist.all_gather_object(samples_of := [None] * world, samples)
+                    samples = sum(samples_of, [])
+                log(args, f"skip  step {step:06d} | loss {loss}, gradient not finite, weights unchanged | samples {samples}",
+                    kind="skip", step=step, samples=samples, scale=scaler.get_scale())
+                if unusable == SKIPS:
+                    raise ValueError(f"{SKIPS} steps in a row, to step {step}, had no finite gradient, the last with samples {samples}. They "
+                                     f"left the weights as they were. Begin a new --out with a lower --lr, with --clip or --amp off; --init "
+                                     f"{args.out / 'last.safetensors'} starts it from the last validation.")
 
-            log_now = step % args.log_every == 0 or step == total
-            validate_now = step % (args.val_every * steps_per_epoch) == 0 or step == total
-            if (log_now or validate_now) and not running.isfinite():                           # before anything good is overwritten
-                samples = [ref.ref_id for ref in batch["refs"]]
-                raise ValueError(f"the loss became {running.item()} by step {step}, last samples {samples}. Lower --lr, set --clip, "
-                                 f"or use --amp off; what {args.out} holds is from before.")
-            if log_now:
-                took, n = (time.time() - started) / (step - since), step - since
-                record = dict(step=step, epoch=step / steps_per_epoch, loss=running.item() / n, lr=optimiser.param_groups[0]["lr"],
-                              gnorm=norm.item() if norm.isfinite() else None, seconds_per_step=took, images_per_second=args.total_batch / took,
+            if step % args.log_every == 0 or step == total:
+                took, mean = (time.time() - started) / (step - since), running / logged if logged else None
+                record = dict(step=step, epoch=step / steps_per_epoch, loss=mean, lr=optimiser.param_groups[0]["lr"],
+                              gnorm=norm if math.isfinite(norm) else None, seconds_per_step=took, images_per_second=args.total_batch / took, skipped=skipped,
                               gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None)
-                log(args, f"train e {record['epoch']:06.2f} step {step:06d}/{total:06d} | loss {record['loss']:.4f} | "
+                log(args, f"train e {record['epoch']:06.2f} step {step:06d}/{total:06d} | loss {'-' if mean is None else f'{mean:.4f}'} | "
                     f"lr {record['lr']:.2e} | gnorm {norm:.2f} | {took:.2f} s/it | {record['images_per_second']:.1f} img/s" +
-                    (f" | {record['gib']:.1f} GB" if record["gib"] else ""), kind="train", **record)
-                running.zero_()
-                started, since = time.time(), step
-
-            if validate_now:
-                began = time.time()
-                result = scores(evaluate(model, val_set, args.batch_size, amp, args.workers))
-                model.train()
-                better, best = result["gIoU"] > best, max(best, result["gIoU"])
-                about = dict(args={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, step=step, val=result)
-                model.save(args.out / "last.safetensors", **about)
-                if better:
-                    model.save(args.out / "best.safetensors", **about)
-                save_atomically(dict(step=step, best=best, model=lora.trained_state_dict(model), settings=model.settings,
-                                     optimiser=optimiser.state_dict(), scaler=scaler.state_dict(), recipe=recipe(args),
-                                     random=torch.get_rng_state(), random_cuda=torch.cuda.get_rng_state_all()),
-                                args.out / "resume.pt")
-                log(args, line(f"val   e {step / steps_per_epoch:06.2f} step {step:06d}", result) +
-                    f" | {time.time() - began:.0f} s" + f" | best -> {args.out / 'best.safetensors'}" * better,
-                    kind="val", step=step, **result)
-                started += time.time() - began
+                    (f" | {skipped} skipped" if skipped else "") + (f" | {record['gib']:.1f} GB" if record["gib"] else ""), kind="train", **record)
+                bar.set_postfix(loss=mean)
+                running, logged, started, since = 0.0, 0, time.time(), step
+            if step % args.save_every == 0 or validation_due(step):
+                keep()
 
     # ------------------------------------------------------------------------------------------------ the final score, once
-    model.load_trained(args.out / "best.safetensors")
-    result = scores(evaluate(model, test_set, args.batch_size, amp, args.workers))
-    log(args, line("test ", result), kind="test", step=step, **result)
+    if not stopped:
+        model.load_trained(args.out / "best.safetensors")
+        result = scores(evaluate(model, test_set, args.batch_size, amp, args.workers))
+        log(args, line("test ", result), kind="test", step=step, **result)
+    if world > 1:
+        dist.destroy_process_group()
+    if stopped:
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])                               # as for a process that the signal ended
 
 
 if __name__ == "__main__":
