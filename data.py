@@ -27,6 +27,7 @@ import math
 import os
 import pickle
 import random
+import reprlib
 import shutil
 import sys
 import threading
@@ -79,12 +80,16 @@ IMAGES = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")     # 
 
 
 def to_rgb(image):
-    """PIL image of any mode -> RGB. Alpha is dropped; grey of more than 8 bits is stretched from its minimum to its maximum."""
+    """PIL image of any mode -> RGB. Alpha is dropped; grey of more than 8 bits is stretched from its least value to its largest,
+    without those that are not numbers or that a GeoTIFF declares to be no data."""
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float64)
-        low, high = values.min(), values.max()
-        image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-9))).round().astype(np.uint8))
-    return image.convert("RGB")
+        values, missing = np.array(image, dtype=np.float32), getattr(image, "tag_v2", {}).get(42113)
+        there = np.isfinite(values) & (values != np.float32(missing.strip(" \0")) if missing else True)
+        low, high = (values[there].min(), values[there].max()) if there.any() else (0, 0)
+        values = np.where(there, (values - low) * (255 / max(high - low, 1e-9)), 0)
+        image = Image.fromarray(values.round().astype(np.uint8))
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def read_image(path, convert=to_rgb):
@@ -98,7 +103,7 @@ def read_image(path, convert=to_rgb):
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large to open safely ({error}). Cut it into tiles.") from error
     except Exception as error:                                      # each format has its own kinds
-        raise ValueError(f"{path} is not a readable image ({error}). Fetch it again or take it out.") from error
+        raise ValueError(f"{path} is not a readable image ({error}). Fetch it again, take it out, or convert it (TIFFs: gdal_translate -ot Byte).") from error
 
 
 def image_tensor(image, side):
@@ -111,13 +116,16 @@ def resize_mask(mask, height, width):
     return np.array(Image.fromarray(mask).resize((width, height), Image.NEAREST))
 
 
+MAX_PIXELS = 2**27   # of a mask: more is damage, or made to fill the memory
+
+
 def decode_rle(counts, height, width):
     """COCO's compressed run lengths (a string) -> mask (height, width) bool.
 
     Runs of 0s and 1s alternate down the columns. Each is a number in base 32, low digit first, one character a digit
     (48 + digit, + 32 while more follow); from the fourth on it is the difference to the run two before.
     """
-    if not 0 < height * width <= Image.MAX_IMAGE_PIXELS:
+    if not (type(height) is type(width) is int and min(height, width) > 0 and height * width <= MAX_PIXELS):
         raise ValueError(f"no mask has {height} x {width} pixels")
     runs, place = [], 0
     while place < len(counts):
@@ -257,8 +265,9 @@ def read_refs(root, dataset=None):
     try:
         refs = FORMATS[dataset][1](root)
         for ref in refs:
-            if ref.split not in SPLITS or not isinstance(ref.ref_id, (int, str)) or not isinstance(ref.phrase, str) or not isinstance(ref.category, str):
-                raise ValueError(f"ref_id {ref.ref_id} is of split {ref.split!r} and category {ref.category!r}; splits are {', '.join(SPLITS)}")
+            if [type(x) for x in (ref.split, ref.phrase, ref.category)] != [str] * 3 or not isinstance(ref.ref_id, (int, str)) or not (
+                    isinstance(ref.mask, Path) or [type(x) for x in ref.mask] == [int, int, str]) or ref.split not in SPLITS:
+                raise ValueError(f"a row of {ref.image.name}, {reprlib.repr(ref.ref_id)}, holds what it should not; splits are {', '.join(SPLITS)}")
         return dataset, refs
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error.filename} is missing: the head of data.py lists what {dataset} consists of. Fetch it, or name the "
@@ -404,9 +413,11 @@ def fatal_defects(root, dataset=None):
     try:
         report = json.loads((Path(root) / "check.json").read_text())
         if report["fingerprint"] == fingerprint(*read_refs(root, dataset)):
-            return [defect for defect in report["defects"] if defect["fatal"]]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        pass                                                        # never checked, or not to be relied on
+            return [{key: defect[key] for key in ("ref_id", "split", "what")} for defect in report["defects"] if defect["fatal"]]
+    except OSError:
+        pass                                                        # never checked
+    except Exception as error:
+        print(f"{root}/check.json cannot be relied on ({error!r}): checking again")
     checked = check(root, dataset)
     try:
         save_check(root, *checked)

@@ -25,8 +25,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import FORMATS, RefSegDataset, collate, leave_group, positive, read_image, run
-from rsrefseg import SIGLIP_HUB, SIZES, RSRefSeg, masks_at, overlay, read_checkpoint, usable_device
+from data import FORMATS, RefSegDataset, collate, image_tensor, leave_group, positive, read_image, run
+from rsrefseg import SIGLIP_HUB, SIZES, RSRefSeg, heat, logits_at, overlay, read_checkpoint, usable_device
 from siglip import tokenize
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -77,7 +77,7 @@ def evaluate(model, dataset, batch_size, amp=None, workers=0, shuffle_phrases=Fa
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 logits = model(batch["images"].to(device) / 255, ids, mask)
             for ref, phrase, target, one in zip(batch["refs"], phrases, batch["originals"], logits):
-                found = masks_at(one[None], model.image_size, *target.shape)[0].cpu().numpy()
+                found = (logits_at(one[None], model.image_size, *target.shape)[0] > 0).cpu().numpy()
                 both, either = int((found & target).sum()), int((found | target).sum())
                 rows.append(dict(ref_id=ref.ref_id, image=str(ref.image), phrase=phrase, category=ref.category,
                                  intersection=both, union=either, iou=iou(both, either)))
@@ -110,25 +110,35 @@ def table(categories):
     return "\n".join(lines)
 
 
-def picture_sheet(model, dataset, rows, each=4, side=256):
-    """The `each` best, median and worst samples, a column each -> PIL image; per sample image, target and prediction."""
+def extremes(rows, each=2):
+    """-> {title: positions} of the best, the median and the worst rows."""
     order = sorted(range(len(rows)), key=lambda i: -rows[i]["iou"])
     each = min(each, len(order))
     middle = (len(order) - each) // 2
-    columns = {"best": order[:each], "median": order[middle:middle + each], "worst": order[-each:]}
-    font, head = ImageFont.load_default(14), 26
-    sheet = Image.new("RGB", (3 * (3 * side + 24), head + each * (side + 30)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for c, (title, chosen) in enumerate(columns.items()):
-        left = c * (3 * side + 24)
-        draw.text((left, 4), f"{title}: image, target, prediction", fill="black", font=font)
-        for r, index in enumerate(chosen):
-            row, item, top = rows[index], dataset[index], head + r * (side + 30)
-            image = read_image(row["image"])
-            found = model.segment(image, [row["phrase"]])[0].cpu().numpy()
-            for i, picture in enumerate((image, overlay(image, item["originals"][0], (40, 255, 40)), overlay(image, found))):
-                sheet.paste(picture.resize((side, side)), (left + i * side, top))
-            draw.text((left, top + side + 4), f"IoU {row['iou']:.2f}  {row['phrase'][:80]}", fill="black", font=font)
+    return {"best": order[:each], "median": order[middle:middle + each], "worst": order[-each:]}
+
+
+@torch.inference_mode()
+def picture_sheet(model, dataset, rows, chosen, side=224):
+    """Samples as a paper shows them, one a line: image, mean of the word maps, sentence map, target, prediction; phrase and IoU
+    below. `chosen` is {title: positions in rows}; -> PIL image."""
+    font, device = ImageFont.load_default(14), model.sam.mean.device
+    columns = ("image", "word maps, mean", "sentence map", "target", "prediction")
+    sheet = Image.new("RGB", (len(columns) * (side + 6), 24 + sum(map(len, chosen.values())) * (side + 28)), "white")
+    draw, top = ImageDraw.Draw(sheet), 24
+    for i, title in enumerate(columns):
+        draw.text((i * (side + 6), 4), title, fill="black", font=font)
+    for title, index in ((title, index) for title, some in chosen.items() for index in some):
+        row, image, taps = rows[index], read_image(rows[index]["image"]), {}
+        ids, mask = model.read_phrases([row["phrase"]])
+        logits = model(image_tensor(image, model.image_size)[None].to(device) / 255, ids, mask, taps)
+        found = (logits_at(logits, model.image_size, image.height, image.width)[0] > 0).cpu().numpy()
+        maps = [heat(image, values.float().cpu().numpy(), side) for values in (taps["word_map"][0].mean(0), taps["sentence_map"][0].sigmoid())]
+        masks = [overlay(image, dataset[index]["originals"][0], (40, 255, 40)), overlay(image, found)]
+        for i, picture in enumerate((image, *maps, *masks)):
+            sheet.paste(picture.resize((side, side)), (i * (side + 6), top))
+        draw.text((0, top + side + 4), f"{title}, IoU {row['iou']:.2f}:  {row['phrase'][:110]}", fill="black", font=font)
+        top += side + 28
     return sheet
 
 
@@ -201,7 +211,7 @@ def main():
                   amp=args.amp, metrics=result, categories=categories, samples=rows)
     Path(f"{name}.json").write_text(json.dumps(report, indent=1))
     with torch.autocast(torch.device(args.device).type, dtype=AMP[args.amp], enabled=args.amp != "off"):
-        picture_sheet(model, dataset, rows).save(f"{name}.jpg", quality=90)
+        picture_sheet(model, dataset, rows, extremes(rows)).save(f"{name}.jpg", quality=90)
     print(f"wrote {name}.json and {name}.jpg")
 
 

@@ -4,12 +4,14 @@ SigLIP reads image and phrase, AttnPrompter turns their agreement into prompts, 
 frozen towers.
 
     python rsrefseg.py IMAGE "the gray ship on the left" ["another phrase" ...] --checkpoint FILE [--out DIR]
+        [--tile PIXELS] [--json] [--explain]       IMAGE may be a folder of images
 
 Shapes: B images, N phrases (N = B k, the k phrases of an image side by side), L text tokens of a phrase (EOS included),
 D SigLIP width, C SAM prompt width, g SigLIP grid, e SAM grid, M sparse prompts, H W pixels, r rank.
 """
 import argparse
 import json
+import math
 import os
 import pickle
 import re
@@ -21,17 +23,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from PIL import Image, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, TiffImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
 import lora
 import sam as sam_file
 import siglip as siglip_file
-from data import image_tensor, read_image, run, to_rgb, toy_tokenizer, verify
+from data import IMAGES, image_tensor, lines, positive, read_image, run, to_rgb, toy_tokenizer, verify
 from sam import SAM
 from siglip import SigLIP, canonical, load_tokenizer, tokenize
 
@@ -230,22 +233,52 @@ class RSRefSeg(nn.Module):
         cover = F.adaptive_avg_pool2d(masks.float(), sentence_map.shape[-2:])
         return cls.loss(sentence_map[:, None], cover, dice)
 
-    @torch.inference_mode()
-    def segment(self, image, phrases):
-        """A PIL image or path, any size and mode, and N phrases -> (N, H, W) bool at the image's own size.
+    def read_phrases(self, phrases):
+        """N phrases -> ids (N, L), mask (N, L) on the model's device. Raises ValueError for none or an empty one."""
+        for phrase in phrases or [""]:
+            if not canonical(phrase):
+                raise ValueError(f"phrase {phrase!r} is empty: say what to segment, for example 'the ship on the left'.")
+        return (x.to(self.sam.mean.device) for x in tokenize(self.tokenizer, phrases))
 
-        The image is encoded once. An all-False mask means that nothing was found. Raises ValueError for an empty phrase.
+    @torch.inference_mode()
+    def segment(self, image, phrases, tile=None, scores=None):
+        """A PIL image or path, any size and mode, and N phrases -> (N, H, W) bool at the image's own size, on the CPU.
+
+        The image is seen whole, at the model's input size, and encoded once. With `tile` the model sees windows of tile x tile
+        pixels, half over each other, whose logits are blended: for small things in large scenes ("on the left" is then the
+        left of a window). `scores`, a list, receives each phrase's mean probability over its mask, 0 for an empty one: an
+        all-False mask means that nothing was found. Raises ValueError for an empty phrase.
         """
         image = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
         phrases = [phrases] if isinstance(phrases, str) else phrases
-        for phrase in phrases:
-            if not canonical(phrase):
-                raise ValueError(f"phrase {phrase!r} is empty: say what to segment, for example 'the ship on the left'.")
+        ids, mask = self.read_phrases(phrases)
         device, was_training = self.sam.mean.device, self.training
         self.eval()
-        ids, mask = (x.to(device) for x in tokenize(self.tokenizer, phrases))
-        pixels = image_tensor(image, self.image_size)[None].to(device) / 255
-        found = masks_at(self(pixels, ids, mask), self.image_size, image.height, image.width)
+        (h, ys), (w, xs) = windows(image.height, tile), windows(image.width, tile)
+        hat = hill(h)[:, None] * hill(w) if len(ys) * len(xs) > 1 else torch.ones(())   # how much each pixel of a window counts
+        found = torch.zeros(len(phrases), image.height, image.width, dtype=torch.bool)
+        total, weight = torch.zeros(len(phrases)), torch.zeros(h, image.width)
+        above = [torch.zeros(0, image.width)] * len(phrases)                            # what the strip above adds to this one
+        with tqdm(total=len(ys) * len(xs), desc="windows", disable=len(ys) * len(xs) == 1) as bar:
+            for y, following in zip(ys, [*ys[1:], image.height]):                       # a strip of windows, from top to bottom
+                answers = []
+                for x in xs:
+                    pixels = image_tensor(image.crop((x, y, x + w, y + h)), self.image_size)[None].to(device) / 255
+                    answers.append(self(pixels, ids, mask))
+                    weight[:, x:x + w] += hat
+                    bar.update()
+                done = following - y                                                    # no later window reaches these rows
+                for i in range(len(phrases)):                                           # one at a time: a large scene's logits are large
+                    logits = F.pad(above[i], (0, 0, 0, h - len(above[i])))
+                    for x, answer in zip(xs, answers):
+                        logits[:, x:x + w] += hat * logits_at(answer[i:i + 1], self.image_size, h, w)[0].cpu()
+                    final = logits[:done] / weight[:done]
+                    found[i, y:following] = final > 0
+                    total[i] += final[final > 0].sigmoid().sum()
+                    above[i] = logits[done:].clone()
+                weight = F.pad(weight[done:], (0, 0, 0, done))
+        if scores is not None:
+            scores += (total / found.sum((1, 2)).clamp(min=1)).tolist()
         self.train(was_training)
         return found
 
@@ -495,19 +528,76 @@ def fetch(source, name):
     return found
 
 
-def masks_at(logits, image_size, height, width):
-    """Mask logits (N, 1, 4e, 4e) -> (N, height, width) bool: bilinear to the model's input, then to the image, sigmoid > 0.5."""
+def logits_at(logits, image_size, height, width):
+    """Mask logits (N, 1, 4e, 4e) -> (N, height, width): bilinear to the model's input, then to the image. Above 0 is the mask."""
     full = F.interpolate(logits.float(), size=(image_size, image_size), mode="bilinear", align_corners=False)
-    return F.interpolate(full, size=(height, width), mode="bilinear", align_corners=False)[:, 0] > 0
+    return F.interpolate(full, size=(height, width), mode="bilinear", align_corners=False)[:, 0]
+
+
+def windows(length, tile):
+    """Along one side of an image: the length of a window and where the windows start, at least half over each other."""
+    tile = min(tile or length, length)
+    steps = math.ceil(2 * (length - tile) / tile)
+    return tile, [round(i * (length - tile) / max(1, steps)) for i in range(steps + 1)]
+
+
+def hill(n):
+    """(n,) weights of a window's pixels along one side: 1 in the middle, next to nothing at the ends, so that no seam shows."""
+    return torch.sin((torch.arange(n) + 0.5) / n * math.pi) ** 2 + 1e-4
 
 
 def overlay(image, mask, colour=(255, 40, 40)):
     """PIL image RGB and (H, W) bool -> the image, the mask in its own light with an outline, the rest dimmed."""
-    pixels, mask = np.asarray(image, np.float32), np.asarray(mask)
-    outline = np.array(Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(5))) > 0
-    painted = np.where(mask[..., None], pixels, 0.55 * pixels)
-    painted[outline & ~mask] = colour
-    return Image.fromarray(painted.astype(np.uint8))
+    mask = Image.fromarray(np.asarray(mask)).convert("L")
+    painted = Image.composite(image, image.point(lambda value: int(0.55 * value)), mask)
+    painted.paste(colour, mask=ImageChops.subtract(mask.filter(ImageFilter.MaxFilter(5)), mask))
+    return painted
+
+
+def heat(image, values, side):
+    """(h, w) values over a PIL image, dark where they are least, the image in full light where they are most."""
+    low, high = values.min(), values.max()
+    light = Image.fromarray(((values - low) / max(high - low, 1e-9) * 255).astype(np.uint8)).resize((side, side), Image.BICUBIC)
+    image = image.resize((side, side))
+    return Image.composite(image, image.point(lambda value: int(0.15 * value)), light)
+
+
+def attention_weights(attention, q, k):
+    """What a CrossAttention of the mask decoder looks at: (B, heads, queries, keys), each row adding up to 1."""
+    q, k = (proj(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for proj, x in ((attention.q_proj, q), (attention.k_proj, k)))
+    return (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)
+
+
+@torch.inference_mode()
+def explain(model, image, phrase, side=256):
+    """What the model computes for one phrase, as a PIL image: each word's map, their mean, the sentence map (each from its least to its
+    most), where the mask decoder's mask token looks at last, and the mask."""
+    image = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
+    ids, mask = model.read_phrases([phrase])
+    taps, look, was_training = {}, {}, model.training
+
+    def watch(attention, inputs):
+        look["map"] = attention_weights(attention, *inputs[:2])[0, :, 1].mean(0)        # token 0 is the IoU token
+
+    with model.sam.mask_decoder.transformer.final_attn_token_to_image.register_forward_pre_hook(watch):
+        logits = model.eval()(image_tensor(image, model.image_size)[None].to(ids.device) / 255, ids, mask, taps)
+    model.train(was_training)
+    found = logits_at(logits, model.image_size, image.height, image.width)[0].cpu() > 0
+    words = model.tokenizer.encode(canonical(phrase)).tokens[:ids.shape[1]]
+    e = taps["f_sam"].shape[-1]
+    maps = [(f"word map: {word.strip(chr(0x2581))}", taps["word_map"][0, i]) for i, word in enumerate(words)]
+    maps += [("mean of the word maps", taps["word_map"][0].mean(0)), ("sentence map", taps["sentence_map"][0].sigmoid()),
+             ("where the mask token looks", look["map"].unflatten(0, (e, e)))]
+    panels = [(phrase, image.resize((side, side)))]
+    panels += [(f"{name}, {values.min():.2g} to {values.max():.2g}", heat(image, values.cpu().numpy(), side)) for name, values in maps]
+    panels.append(("mask", overlay(image, found).resize((side, side))))
+    columns, font = 4, ImageFont.load_default(13)
+    sheet = Image.new("RGB", (columns * (side + 8), -(-len(panels) // columns) * (side + 26)), "white")
+    for i, (title, picture) in enumerate(panels):
+        x, y = i % columns * (side + 8), i // columns * (side + 26)
+        sheet.paste(picture, (x, y))
+        ImageDraw.Draw(sheet).text((x, y + side + 4), title[:42], fill="black", font=font)
+    return sheet
 
 
 def usable_device(name):
@@ -519,26 +609,94 @@ def usable_device(name):
     return name
 
 
+# Where a GeoTIFF lies on the earth: pixel scale, tie points, transformation, and the keys of its coordinate system.
+GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+
+
+def geo_tags(path):
+    """The tags of an image that place it on the earth, as Pillow writes them; empty for one that has none."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    with Image.open(path, formats=IMAGES) as file:
+        for tag in GEO_TAGS:
+            if tag in getattr(file, "tag_v2", {}):
+                tags.tagtype[tag] = file.tag_v2.tagtype[tag]
+                tags[tag] = file.tag_v2[tag]
+    return tags
+
+
+def short(text):
+    """At most 80 bytes of a text, in letters, digits and _: part of a file name."""
+    text = "".join(c if c.isalnum() else "_" for c in text)
+    return text.encode()[:80].decode(errors="ignore").strip("_")
+
+
+def segment_file(model, path, name, phrases, args):
+    """Masks and overlays of one image file -> a record per phrase: image, phrase, area in pixels, box x1 y1 x2 y2, score, files."""
+    image, tags, scores, records = read_image(path), geo_tags(path), [], []
+    for i, (phrase, mask) in enumerate(zip(phrases, model.segment(image, phrases, args.tile, scores).numpy()), 1):
+        stem = args.out / f"{short(name)}_{i}_{short(canonical(phrase))}"
+        if tags:                                                                    # grey: QGIS shows 0 and 255
+            Image.fromarray(mask).convert("L").save(f"{stem}_mask.tif", tiffinfo=tags, compression="tiff_deflate")
+        else:
+            Image.fromarray(mask).save(f"{stem}_mask.png")
+        overlay(image, mask).save(f"{stem}_overlay.png")
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        box = [int(v) for v in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)] if len(rows) else None
+        records.append(dict(image=str(path), phrase=phrase, area=int(mask.sum()), share=float(mask.mean()), box=box, score=scores[i - 1],
+                            mask=f"{stem}_mask.{'tif' if tags else 'png'}", overlay=f"{stem}_overlay.png"))
+        if args.explain:
+            records[-1]["explained"] = f"{stem}_explained.png"
+            explain(model, image, phrase).save(f"{stem}_explained.png")
+    return records
+
+
+def images_in(folder):
+    """The images of a folder, without what this program wrote there. Raises ValueError if there are none."""
+    ours = ("_mask.png", "_mask.tif", "_overlay.png", "_explained.png")
+    paths = sorted(path for path in folder.iterdir() if Image.registered_extensions().get(path.suffix.lower()) in IMAGES and not path.name.endswith(ours))
+    if not paths:
+        raise ValueError(f"{folder} holds no images.")
+    return paths
+
+
 def main():
     parser = argparse.ArgumentParser(description="Segment what each phrase names; writes a mask and an overlay per phrase.")
-    parser.add_argument("image", type=Path)
-    parser.add_argument("phrases", nargs="+", metavar="phrase")
+    parser.add_argument("image", type=Path, help="an image of any size, or a folder of images")
+    parser.add_argument("phrases", nargs="*", metavar="phrase")
+    parser.add_argument("--phrases", dest="phrase_file", type=Path, help="a file with a phrase a line")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a file that train.py wrote")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the pictures")
+    parser.add_argument("--tile", type=positive, help="see windows of this many pixels a side at full resolution, not the scene as a whole")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON per phrase: box, area, score, files")
+    parser.add_argument("--explain", action="store_true", help="also write what the model computed on the way, as a picture")
     parser.add_argument("--siglip", help="file, folder or hub name, if not where training had it")
     parser.add_argument("--sam-weights", help="likewise for SAM, or for the released checkpoint that training started from")
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    image = read_image(args.image)
+    phrases = args.phrases + ([text for _, text in lines(args.phrase_file)] if args.phrase_file else [])
+    if not phrases:
+        parser.error("say what to segment: a phrase, or --phrases FILE")
+    if args.explain and args.tile:
+        parser.error("--explain shows the scene seen whole: leave out --tile, or cut the window out yourself")
+    Image.MAX_IMAGE_PIXELS = None                                                   # one's own scenes may be large
+    paths = images_in(args.image) if args.image.is_dir() else [args.image]
+    if len(paths) == 1:
+        read_image(paths[0])                                                        # before the weights: those take longer
     model = RSRefSeg.from_checkpoint(args.checkpoint, args.siglip, args.sam_weights).to(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
-    for i, (phrase, mask) in enumerate(zip(args.phrases, model.segment(image, args.phrases).cpu().numpy()), 1):
-        words = canonical(phrase).replace(" ", "_")[:60].strip("_")                # a file name has its limits
-        stem = args.out / f"{args.image.stem}_{i}_{words}"
-        Image.fromarray(mask).save(f"{stem}_mask.png")
-        overlay(image, mask).save(f"{stem}_overlay.png")
-        share = f"{mask.mean():.1%} of the image" if mask.any() else "nothing found"
-        print(f"{phrase!r}: {share} -> {stem}_mask.png, {stem}_overlay.png")
+    stems, failed = [path.stem for path in paths], []
+    for path in paths:
+        try:
+            records = segment_file(model, path, path.name if stems.count(path.stem) > 1 else path.stem, phrases, args)
+        except (OSError, ValueError) as error:                                      # the other images of a folder still count
+            failed.append(str(error))
+            continue
+        for record in records:
+            share = f"{record['share']:.1%} of the image, score {record['score']:.2f}" if record["box"] else "nothing found"
+            files = ", ".join(record[kind] for kind in ("mask", "overlay", "explained") if kind in record)
+            print(json.dumps(record) if args.json else f"{record['phrase']!r}: {share} -> {files}", flush=True)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(paths)} images: " + " ".join(failed) if len(paths) > 1 else failed[0])
 
 
 if __name__ == "__main__":

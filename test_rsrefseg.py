@@ -158,6 +158,7 @@ def test_files_that_ask_for_too_much_or_lead_elsewhere(toy, tmp_path, monkeypatc
         with pytest.raises(ValueError, match=message):
             data.read_mask(dataclasses.replace(ref, mask=mask))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 100)
+    assert (np.asarray(data.to_rgb(Image.fromarray(np.array([[0, 5, np.nan, 10]], np.float32))))[0, :, 0] == [0, 128, 0, 255]).all()
     with pytest.raises(ValueError, match="00000.jpg is too large to open safely"):
         data.read_image(ref.image)
     row = dict(image="a.png", mask="a.png", phrase="the ship", split="train")
@@ -1271,9 +1272,17 @@ def trained(toy, tmp_path_factory):
 def test_train_writes_what_it_says(trained):
     rows = [json.loads(row) for row in (trained / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "train"] == [2, 4, 6] and rows[-1]["kind"] == "test" and rows[-1]["samples"] == 32
-    assert {path.name for path in trained.iterdir()} >= {"last.safetensors", "best.safetensors", "resume.pt", "log.jsonl"}
+    assert {path.name for path in trained.iterdir()} >= {"last.safetensors", "best.safetensors", "resume.pt", "log.jsonl", "val_000003.jpg", "val_000006.jpg"}
+    assert Image.open(trained / "val_000003.jpg").size == (5 * 230, 24 + 5 * 252)
     about, _ = rsrefseg.read_checkpoint(trained / "last.safetensors")
     assert about["step"] == 6 and about["args"]["sam"] == "tiny" and "tokenizer" in about
+
+
+def test_curves_where_matplotlib_is_installed(trained, tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copy(trained / "log.jsonl", tmp_path)
+    train.draw_curves(tmp_path)
+    assert Image.open(tmp_path / "curves.png").size == (1320, 385)
 
 
 def losses(folder):
@@ -1499,7 +1508,7 @@ def test_evaluate_command(trained):
     report = json.loads((trained / "best.test.json").read_text())
     by_hand = np.mean([row["intersection"] / row["union"] for row in report["samples"]])
     assert report["metrics"]["gIoU"] == pytest.approx(100 * by_hand) and len(report["samples"]) == 32
-    assert Image.open(trained / "best.test.jpg").width > 1000
+    assert Image.open(trained / "best.test.jpg").size == (5 * 230, 24 + 6 * 252)
     shuffled = run(HERE / "evaluate.py", trained / "best.safetensors", "--split", "val", "--shuffle-phrases")
     assert "val with shuffled phrases | gIoU" in shuffled
     plain, mixed = report, json.loads((trained / "best.val.shuffled.json").read_text())
@@ -1519,7 +1528,7 @@ def test_segment_command_and_method(trained, toy, tmp_path):
     photo = Image.open(next((toy / "images/rrsisd/JPEGImages").glob("*.jpg"))).resize((130, 75))
     photo.save(tmp_path / "photo.png")
     text = run(HERE / "rsrefseg.py", tmp_path / "photo.png", "the ship", "A red vehicle, on the left!", "ship " * 100, "--checkpoint", trained / "last.safetensors", "--out", tmp_path / "out")
-    for stem in ("photo_1_the_ship", "photo_2_a_red_vehicle_on_the_left", "photo_3_" + "_".join(["ship"] * 12)):
+    for stem in ("photo_1_the_ship", "photo_2_a_red_vehicle_on_the_left", "photo_3_" + "_".join(["ship"] * 16)):
         assert f"{stem}_mask.png" in text and Image.open(tmp_path / "out" / f"{stem}_mask.png").size == (130, 75)
         assert Image.open(tmp_path / "out" / f"{stem}_overlay.png").size == (130, 75)
     model = RSRefSeg.from_checkpoint(trained / "last.safetensors")
@@ -1532,6 +1541,88 @@ def test_segment_command_and_method(trained, toy, tmp_path):
         model.segment(photo, ["ship", "!?"])
     with pytest.raises(ValueError, match="3 phrases for 2 images"):
         model(torch.rand(2, 3, 96, 96), torch.ones(3, 4, dtype=torch.long))
+
+
+def test_windows_cover_a_scene_without_seams(trained, monkeypatch):
+    """With a stand-in that answers each pixel by its own brightness, windows of any size give the mask of the whole; one window is the whole."""
+    for length, tile in ((100, 30), (96, 96), (50, 96), (97, 96), (1000, 7), (64, None)):
+        size, starts = rsrefseg.windows(length, tile)
+        assert starts[0] == 0 and starts[-1] + size == length and all(b - a <= size / 2 + 1 for a, b in zip(starts, starts[1:]))
+    model = RSRefSeg.from_checkpoint(trained / "last.safetensors")
+    scene = Image.fromarray(np.kron(np.random.default_rng(0).integers(0, 2, (9, 12), np.uint8) * 255, np.ones((24, 24), np.uint8))).convert("RGB")       # 216 x 288
+    whole = model.segment(scene, ["the ship", "the vehicle"])
+    assert torch.equal(model.segment(scene, ["the ship", "the vehicle"], tile=300), whole)
+    seen = []
+    monkeypatch.setattr(RSRefSeg, "forward", lambda self, images, ids, mask: seen.append(1) or (images.mean(1, keepdim=True) - 0.5).expand(len(ids), -1, -1, -1))
+    scores, expected = [], np.asarray(scene.convert("L")) > 127
+    found = model.segment(scene, ["the ship", "the vehicle"], tile=96, scores=scores)
+    assert (found.numpy() == expected).all() and len(seen) == 4 * 5 and all(0.5 < score < 0.63 for score in scores)       # sigmoid(0.5) = 0.62
+    scores.clear()
+    assert model.train().segment(scene, ["the ship"]).any() and model.training
+    for nothing in ([], ["the ship", " "]):
+        with pytest.raises(ValueError, match="is empty"):
+            model.segment(scene, nothing)
+    assert model.training
+    assert not model.segment(Image.new("RGB", (40, 30)), ["the ship"], scores=scores).any() and scores == [0.0]
+
+
+def test_masks_of_georeferenced_scenes(trained, toy, tmp_path):
+    """The mask of a GeoTIFF lies where the image does, read by rasterio; scale and tie point, and a rotated transformation."""
+    rasterio = pytest.importorskip("rasterio")
+    picture = np.asarray(Image.open(next((toy / "images/rrsisd/JPEGImages").glob("*.jpg"))))
+    north = rasterio.Affine(0.5, 0, 431000, 0, -0.5, 5411000)
+    for name, transform in (("north", north), ("turned", rasterio.Affine(0.43, -0.25, 431000, -0.25, -0.43, 5411000))):
+        with rasterio.open(tmp_path / f"{name}.tif", "w", driver="GTiff", width=256, height=256, count=3, dtype="uint8", crs="EPSG:32631", transform=transform) as file:
+            file.write(picture.transpose(2, 0, 1))
+        text = run(HERE / "rsrefseg.py", tmp_path / f"{name}.tif", "the ship", "--checkpoint", trained / "last.safetensors", "--out", tmp_path / "out", "--tile", "128")
+        with rasterio.open(tmp_path / "out" / f"{name}_1_the_ship_mask.tif") as mask:
+            assert mask.crs.to_epsg() == 32631 and mask.transform.almost_equals(transform) and mask.shape == (256, 256) and set(np.unique(mask.read())) <= {0, 255}, text
+
+
+def test_folders_json_and_the_look_inside(trained, toy, tmp_path):
+    (tmp_path / "in").mkdir()
+    for number, path in enumerate(sorted((toy / "images/rrsisd/JPEGImages").glob("*.jpg"))[:2]):
+        Image.open(path).resize((200, 150)).save(tmp_path / "in" / f"{number}.png")
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    (tmp_path / "phrases.txt").write_text("the ship\n\na gray storage tank on the left\n")
+    command = [HERE / "rsrefseg.py", tmp_path / "in", "--phrases", tmp_path / "phrases.txt", "--checkpoint", trained / "last.safetensors", "--out", tmp_path / "out"]
+    records = [json.loads(line) for line in run(*command, "--json", "--explain").splitlines()]
+    assert [(Path(record["image"]).name, record["phrase"]) for record in records] == [(f"{i}.png", phrase) for i in range(2) for phrase in ("the ship", "a gray storage tank on the left")]
+    for record in records:
+        mask = np.asarray(Image.open(record["mask"]))
+        assert mask.sum() == record["area"] and mask.shape == (150, 200) and Image.open(record["overlay"]).size == (200, 150)
+        if record["box"]:
+            x1, y1, x2, y2 = record["box"]
+            assert mask[y1:y2, x1:x2].sum() == record["area"] and mask[y1].any() and mask[:, x2 - 1].any() and 0.5 < record["score"] <= 1
+        else:
+            assert record["area"] == record["score"] == 0
+    words = 8                                                               # with EOS; beside them image, mean, sentence map, token and mask
+    assert Image.open(records[1]["explained"]).size == (4 * 264, math.ceil((words + 5) / 4) * 282)
+    assert "say what to segment" in run(HERE / "rsrefseg.py", tmp_path / "in", "--checkpoint", trained / "last.safetensors", fails=True)
+    (tmp_path / "in" / "1.jpg").write_bytes(b"no image")                    # named like another, and broken: the others still count
+    text = run(*command[:1], tmp_path / "in", "the ship", "--checkpoint", trained / "last.safetensors", "--out", tmp_path / "in", fails=True)
+    text += run(*command[:1], tmp_path / "in", "the ship", "--checkpoint", trained / "last.safetensors", "--out", tmp_path / "in", fails=True)
+    assert text.count("error: 1 of 3 images: ") == 2 and len(list((tmp_path / "in").glob("*_overlay.png"))) == 2 and (tmp_path / "in" / "1_png_1_the_ship_mask.png").exists()
+    assert "--explain shows the scene seen whole" in run(*command, "--explain", "--tile", 64, fails=True)
+    (tmp_path / "empty").mkdir()
+    assert "empty holds no images" in run(HERE / "rsrefseg.py", tmp_path / "empty", "ship", "--checkpoint", trained / "last.safetensors", fails=True)
+
+
+def test_what_the_mask_token_looks_at(trained):
+    """The map that --explain draws is the attention that the decoder computes: times the values it gives the decoder's output."""
+    model, layer = RSRefSeg.from_checkpoint(trained / "last.safetensors"), []
+    attention = model.sam.mask_decoder.transformer.final_attn_token_to_image
+    hook = attention.register_forward_hook(lambda module, inputs, output: layer.append((inputs, output)))
+    image = Image.new("RGB", (64, 48), (90, 120, 60))
+    ids, mask = model.read_phrases(["the ship"])
+    with torch.no_grad():
+        model(data.image_tensor(image, 96)[None] / 255, ids, mask)
+        (q, k, v), output = layer[0]
+        weights = rsrefseg.attention_weights(attention, q, k)
+        values = attention.v_proj(v).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+        assert torch.allclose(attention.out_proj((weights @ values).transpose(1, 2).flatten(2)), output, atol=1e-5)
+    hook.remove()
+    assert rsrefseg.explain(model, image, "the ship").size == (4 * 264, 2 * 282)
 
 
 def test_lora_training_from_weight_files(toy, tmp_path, monkeypatch, capsys):

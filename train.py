@@ -6,8 +6,9 @@
     torchrun --nproc-per-node 8 train.py --sam b
 
 Writes into --out: last.safetensors and best.safetensors (by val gIoU; only what trains, settings in the metadata),
-resume.pt (all that a run consists of) and log.jsonl. Ctrl-C and SIGTERM end after the step, saved; whatever ends a run,
---resume goes on from its last resume.pt as if nothing had happened: on a CPU in fp32 to the last bit.
+resume.pt (all that a run consists of), log.jsonl, at each validation a sheet of the same samples, and curves.png if
+matplotlib is installed. Ctrl-C and SIGTERM end after the step, saved; whatever ends a run, --resume goes on from its
+last resume.pt as if nothing had happened: on a CPU in fp32 to the last bit.
 """
 import argparse
 import hashlib
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 import lora
 from data import FORMATS, RefSegDataset, collate, fatal_defects, leave_group, positive, run, write_toy
-from evaluate import AMP, default_amp, evaluate, line, processes, scores
+from evaluate import AMP, default_amp, evaluate, line, picture_sheet, processes, scores
 from rsrefseg import SIGLIP_HUB, SIZES, RSRefSeg, is_checkpoint, usable_device, whole_file
 from sam import SIZES as SAM_SIZES
 from siglip import tokenize
@@ -213,6 +214,31 @@ def recipe(args, refs):
     return {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items() if name not in free} | {"rows of train": rows}
 
 
+def draw(model, val_set, rows, step, folder):
+    """A sheet of five validation samples, the same each time: one watches the masks emerge. And curves."""
+    try:
+        picture_sheet(model, val_set, rows, {f"step {step}": [i * len(rows) // 5 for i in range(5)]}).save(folder / f"val_{step:06d}.jpg", quality=85)
+        draw_curves(folder)
+    except Exception as error:                                                         # no reason to end a run
+        tqdm.write(f"pictures of step {step} could not be drawn: {error!r}")
+
+
+def draw_curves(folder):
+    """log.jsonl as curves.png, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    rows = [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    for axis, (kind, names) in zip(figure.subplots(1, 3), (("train", ["loss"]), ("train", ["lr"]), ("val", ["gIoU", "cIoU"]))):
+        for name in names:
+            axis.plot(*zip(*[(row["step"], row[name]) for row in rows if row["kind"] == kind and row[name] is not None] or [(0, math.nan)]), label=f"{kind} {name}")
+        axis.set_xlabel("step")
+        axis.legend()
+    figure.savefig(folder / "curves.png", dpi=110)
+
+
 def dropped_rows(defects, args):
     """Defects that data.fatal_defects found -> the ref_ids that --skip-bad leaves out of train. Raises ValueError where that may not be."""
     rows = {(defect["split"], defect["ref_id"]): defect["what"] for defect in defects}
@@ -354,8 +380,8 @@ def main(argv=None):
                 began = time.time()
                 for buffer in model.buffers() if world > 1 else ():                    # where BatchNorm is not synchronised the
                     dist.broadcast(buffer, 0)                                          # first process's statistics count
-                result = scores(evaluate(model, val_set, args.batch_size, amp, args.workers))
-                model.train()
+                rows = evaluate(model, val_set, args.batch_size, amp, args.workers)
+                result = scores(rows)
                 better, best, validated = result["gIoU"] > best, max(best, result["gIoU"]), step
                 about = dict(args={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, step=step, val=result)
                 if rank == 0:
@@ -366,6 +392,10 @@ def main(argv=None):
                     f" | {time.time() - began:.0f} s" + f" | best -> {args.out / 'best.safetensors'}" * better,
                     kind="val", step=step, **result)
                 keep()
+                if rank == 0:
+                    with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                        draw(model, val_set, rows, step, args.out)
+                model.train()
                 started += time.time() - began
                 continue                                                               # to see whether a signal came
             if step >= total:
