@@ -125,7 +125,7 @@ def decode_rle(counts, height, width):
     Runs of 0s and 1s alternate down the columns. Each is a number in base 32, low digit first, one character a digit
     (48 + digit, + 32 while more follow); from the fourth on it is the difference to the run two before.
     """
-    if not (type(height) is type(width) is int and min(height, width) > 0 and height * width <= MAX_PIXELS):
+    if not (isinstance(height, (int, np.integer)) and isinstance(width, (int, np.integer)) and min(height, width) > 0 and height * width <= MAX_PIXELS):
         raise ValueError(f"no mask has {height} x {width} pixels")
     runs, place = [], 0
     while place < len(counts):
