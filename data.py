@@ -236,7 +236,8 @@ def read_json_lines(path, images):
                 refs.append(Ref(f"{path.stem}:{number}", row["split"], inside(images, row["image"]), row["phrase"].strip(),
                                 row.get("category", "-"), inside(path.parent / "masks", row["mask"])))
         except Exception as error:
-            raise ValueError(f"{path}, line {number}: {error!r}; a row is {{image, mask, phrase, split}}") from error
+            what = f"has no {error}" if isinstance(error, KeyError) else f"cannot be read ({error})"
+            raise ValueError(f"{path}, line {number} {what}; a row is {{image, mask, phrase, split}}") from error
     return refs
 
 
@@ -267,7 +268,7 @@ def read_refs(root, dataset=None):
         for ref in refs:
             if [type(x) for x in (ref.split, ref.phrase, ref.category)] != [str] * 3 or not isinstance(ref.ref_id, (int, str)) or not (
                     isinstance(ref.mask, Path) or [type(x) for x in ref.mask] == [int, int, str]) or ref.split not in SPLITS:
-                raise ValueError(f"a row of {ref.image.name}, {reprlib.repr(ref.ref_id)}, holds what it should not; splits are {', '.join(SPLITS)}")
+                raise ValueError(f"a row of {ref.image.name}, {reprlib.repr(ref.ref_id)}, of split {reprlib.repr(ref.split)}, holds what it should not; splits are {', '.join(SPLITS)}")
         return dataset, refs
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error.filename} is missing: the head of data.py lists what {dataset} consists of. Fetch it, or name the "
@@ -306,7 +307,7 @@ class RefSegDataset(Dataset):
         self.dataset, refs = read_refs(root, dataset)
         self.refs = [ref for ref in refs if ref.split == split and ref.ref_id not in without]
         if not self.refs:
-            raise ValueError(f"{self.root} has no phrases in its {split!r} split.")
+            raise ValueError(f"{self.root} has no phrases in its {split!r} split: training needs train, val and test.")
         for ref in self.refs:
             if not says_something(ref.phrase):
                 raise ValueError(f"{self.root}: ref_id {ref.ref_id} ({ref.image.name}) has an empty phrase. Write one or remove the row.")
@@ -475,7 +476,9 @@ def report_check(root, dataset=None):
     sample_sheet([ref for ref in refs if ref.ref_id not in bad]).save(Path(root) / "check.jpg", quality=90)
     print(f"wrote {root}/check.json and {root}/check.jpg")
     if bad:
-        raise ValueError(f"{root}: training would fail of {len(bad)} rows, listed above. Fetch their files again, or train with --skip-bad.")
+        raise ValueError(f"{root}: training would fail of {len(bad)} rows, listed above. Repair them, fetch them again, or train with --skip-bad.")
+    if absent := [split for split in SPLITS if not counts[split]]:
+        raise ValueError(f"{root}: training would fail, no phrases are in {' and '.join(absent)}.")
 
 
 HUB = {"rrsisd": ("VoyageWang/rrsis-d", ("JPEGImages.zip", "instances.json", "refs(unc).p")),

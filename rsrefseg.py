@@ -587,7 +587,7 @@ def explain(model, image, phrase, side=256):
     e = taps["f_sam"].shape[-1]
     maps = [(f"word map: {word.strip(chr(0x2581))}", taps["word_map"][0, i]) for i, word in enumerate(words)]
     maps += [("mean of the word maps", taps["word_map"][0].mean(0)), ("sentence map", taps["sentence_map"][0].sigmoid()),
-             ("where the mask token looks", look["map"].unflatten(0, (e, e)))]
+             ("mask token looks at", look["map"].unflatten(0, (e, e)))]
     panels = [(phrase, image.resize((side, side)))]
     panels += [(f"{name}, {values.min():.2g} to {values.max():.2g}", heat(image, values.cpu().numpy(), side)) for name, values in maps]
     panels.append(("mask", overlay(image, found).resize((side, side))))
@@ -652,7 +652,7 @@ def segment_file(model, path, name, phrases, args):
 
 def images_in(folder):
     """The images of a folder, without what this program wrote there. Raises ValueError if there are none."""
-    ours = ("_mask.png", "_mask.tif", "_overlay.png", "_explained.png")
+    ours = ("_mask.png", "_mask.tif", "_overlay.png", "_explained.png", "check.jpg")
     paths = sorted(path for path in folder.iterdir() if Image.registered_extensions().get(path.suffix.lower()) in IMAGES and not path.name.endswith(ours))
     if not paths:
         raise ValueError(f"{folder} holds no images.")

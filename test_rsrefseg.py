@@ -162,6 +162,12 @@ def test_files_that_ask_for_too_much_or_lead_elsewhere(toy, tmp_path, monkeypatc
     with pytest.raises(ValueError, match="00000.jpg is too large to open safely"):
         data.read_image(ref.image)
     row = dict(image="a.png", mask="a.png", phrase="the ship", split="train")
+    for text, message in (('{"image": "a.png", "mask": "a.png", "phrse": "x", "split": "train"}', "phrases.jsonl, line 1 has no 'phrase'"),
+                          (json.dumps(row | dict(split="trian")), "of split 'trian', holds what it should not; splits are train, val, test"),
+                          ("{,", "phrases.jsonl, line 1 cannot be read")):
+        (tmp_path / "phrases.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            data.read_refs(tmp_path)
     for key, name in (("image", "../a.png"), ("mask", "/etc/passwd"), ("image", "x/../../a.png")):
         (tmp_path / "phrases.jsonl").write_text(json.dumps(row | {key: name}))
         with pytest.raises(ValueError, match="leaves the data folder"):
@@ -934,6 +940,14 @@ def test_other_data_sets(toy, tmp_path, dataset):
             assert (item["image"].float() - data.image_tensor(data.read_image(ref.image), 96)).abs().max() == 0
     assert f"all of {dataset.removesuffix('_lines')}" in str(found) or dataset == "own"
     text = run(HERE / "data.py", "check", tmp_path)
+    if dataset == "own":
+        shutil.copytree(tmp_path, tmp_path / "less")
+        lines = (tmp_path / "phrases.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "less" / "phrases.jsonl").write_text("".join(row.replace("the", "crane") for row in lines if '"val"' not in row))
+        assert "error: " in (said := run(HERE / "data.py", "check", tmp_path / "less", fails=True)) and "training would fail, no phrases are in val" in said
+        (tmp_path / "phrases.jsonl").write_text("".join(row.replace("The ", "crane ").replace("A ", "crane ") for row in lines))
+        said = run(HERE / "train.py", "--sam", "tiny", "--data", tmp_path, "--out", tmp_path / "run", "--epochs", 1, "--phrases", 1, "--total-batch", 2, "--batch-size", 2)
+        assert "unknown to it are 1: crane" in said
     assert "train: 3 phrases" in text and Image.open(tmp_path / "check.jpg").size == (1240, 1002)
 
 

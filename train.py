@@ -20,6 +20,7 @@ import shlex
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +37,7 @@ from data import FORMATS, RefSegDataset, collate, fatal_defects, leave_group, po
 from evaluate import AMP, default_amp, evaluate, line, picture_sheet, processes, scores
 from rsrefseg import SIGLIP_HUB, SIZES, RSRefSeg, is_checkpoint, usable_device, whole_file
 from sam import SIZES as SAM_SIZES
-from siglip import tokenize
+from siglip import canonical, tokenize
 
 # What `--sam tiny` does otherwise: no pretrained tower, so losses that teach them to agree, and a few epochs of a high rate.
 TINY = dict(epochs=5, batch_size=8, total_batch=8, phrases=4, lr=2e-3, warmup_epochs=0.25, clip=1.0, dice=1.0,
@@ -327,6 +328,9 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------ model and optimiser
     torch.manual_seed(args.seed)
     model = initial_model(args)
+    words = Counter(word for ref in train_set.refs for word in canonical(ref.phrase).split()) if args.sam == "tiny" else {}
+    if unknown := [word for word in words if model.tokenizer.token_to_id(word) is None]:
+        print(f"tiny reads only the words of the toy's phrases; unknown to it are {len(unknown)}: {', '.join(unknown[:10])}{' ...' * (len(unknown) > 10)}")
     if args.checkpoint_activations:
         model.checkpoint_activations()
     if world > 1 and device.type == "cuda":
