@@ -80,13 +80,15 @@ IMAGES = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")     # 
 
 
 def to_rgb(image):
-    """PIL image of any mode -> RGB. Alpha is dropped; grey of more than 8 bits is stretched from its least value to its largest,
-    without those that are not numbers or that a GeoTIFF declares to be no data."""
+    """PIL image of any mode -> RGB. Alpha is dropped; grey of more than 8 bits is stretched from the 2nd to the 98th
+    percentile, without values that are not numbers or that a GeoTIFF declares to be no data."""
     if image.mode.startswith(("I", "F")):
         values, missing = np.array(image, dtype=np.float32), getattr(image, "tag_v2", {}).get(42113)
         there = np.isfinite(values) & (values != np.float32(missing.strip(" \0")) if missing else True)
-        low, high = (values[there].min(), values[there].max()) if there.any() else (0, 0)
-        values = np.where(there, (values - low) * (255 / max(high - low, 1e-9)), 0)
+        known = values[there] if there.any() else np.zeros(1)
+        low, high = np.percentile(known, (2, 98))
+        low, high = (low, high) if low < high else (known.min(), known.max())      # most of it is one value: night, radar
+        values = np.where(there, np.clip((values - low) * (255 / max(high - low, 1e-9)), 0, 255), 0)
         image = Image.fromarray(values.round().astype(np.uint8))
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")

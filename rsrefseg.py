@@ -53,6 +53,9 @@ SIZES = {
     "tiny": Size("tiny", "tiny", 0),
 }
 
+# What the paper's ablations change, beside lora_rank and down_blocks; the paper's model has the first of each.
+ABLATIONS = {"text_lora": (True, False), "prompts": ("both", "sparse", "dense"), "text": ("both", "local", "global")}
+
 # Where the weights come from, at the revisions this code was written for, and the sha256 of model.safetensors there.
 SIGLIP_HUB = "google/siglip-so400m-patch14-384"
 SAM_HUB = {"b": "facebook/sam-vit-base", "l": "facebook/sam-vit-large", "h": "facebook/sam-vit-huge"}
@@ -73,6 +76,8 @@ LORA_TARGETS = [
     "sam.vision_encoder.layers.*.attn.qkv", "sam.vision_encoder.layers.*.attn.proj",
     "sam.vision_encoder.layers.*.mlp.lin[12]", "sam.vision_encoder.neck.conv[12]",
     "siglip.vision_model.encoder.layers.*.self_attn.[qkv]_proj", "siglip.vision_model.encoder.layers.*.self_attn.out_proj",
+]
+TEXT_LORA_TARGETS = [
     "siglip.text_model.encoder.layers.*.self_attn.[qkv]_proj", "siglip.text_model.encoder.layers.*.self_attn.out_proj",
     "siglip.text_model.head",
 ]
@@ -101,11 +106,14 @@ class AttnPrompter(nn.Module):
         word_map      how well each place matches each word, in [0, 1]               (N, L, g, g)
         sentence_map  how well each place matches the sentence, logits               (N, g, g)
         attended      local, global and plain features                               (N, 3D, g, g)
+
+    `text`, "local" or "global", leaves the other out: 2D channels.
     """
 
-    def __init__(self, width, channels, down_blocks=2):
+    def __init__(self, width, channels, down_blocks=2, text="both"):
         super().__init__()
-        self.channel = ConvBNGELU(3 * width, channels, 1)
+        self.text = text
+        self.channel = ConvBNGELU((3 if text == "both" else 2) * width, channels, 1)
         self.spatial = nn.Sequential(*[ConvBNGELU(channels, channels, 3, 2, 1) for _ in range(down_blocks)])
         self.project = nn.Conv2d(channels, channels, 1)
 
@@ -118,7 +126,7 @@ class AttnPrompter(nn.Module):
         mean_map = (word_map * words).sum(1, keepdim=True) / words.sum(1, keepdim=True)          # differs: padding left out
         local = (v + v * mean_map) / 2                                                           # eq. 3, local semantics
         globally = v * sentence_map.sigmoid()[:, None]                                           # eq. 3, global semantics
-        attended = torch.cat([local, globally, v], 1)                                            # (N, 3D, g, g)
+        attended = torch.cat({"both": [local, globally, v], "local": [local, v], "global": [globally, v]}[self.text], 1)   # (N, 3D, g, g)
         x = self.channel(attended) + position_code                                               # (N, C, g, g)
         x = self.project(self.spatial(x))                                                        # eq. 4: (N, C, sqrt M, sqrt M)
         return x.flatten(2).transpose(1, 2), word_map, sentence_map
@@ -136,11 +144,12 @@ class Unwritten(TorchFunctionMode):
 
 
 class RSRefSeg(nn.Module):
-    """The whole model. `sam` is a name in SIZES or a Size; weights are random until loaded.
+    """The whole model. `sam` is a name in SIZES or a Size; weights are random until loaded. The defaults are the paper's model;
+    text_lora, down_blocks, prompts and text are what its ablations change.
 
     With lora_rank > 0 the towers are frozen and adapted; prompter, mask-prompt convolutions and mask decoder train
     whole. With lora_rank = 0 the towers train whole too. `lora_rank=None` takes the size's own. Parameters that cannot receive
-    a gradient (SAM's IoU head, point and no-mask embeddings) are always frozen; of the mask decoder's four masks only
+    a gradient (SAM's IoU head, point and no-mask embeddings, and what an ablation leaves out) are frozen; of the mask decoder's four masks only
     the first is used, so the hyper-networks of the others train with a gradient of zero, as in the released code.
 
     `dtype` is the type of the towers' frozen Linear and convolution weights: the autocast type halves their memory and saves
@@ -148,15 +157,16 @@ class RSRefSeg(nn.Module):
     leaves the towers unwritten, to be loaded at once.
     """
 
-    def __init__(self, sam="b", lora_rank=None, lora_alpha=16, lora_dropout=0.1, down_blocks=2, dtype=torch.float32, init=True):
+    def __init__(self, sam="b", lora_rank=None, lora_alpha=16, lora_dropout=0.1, text_lora=True, down_blocks=2, prompts="both",
+                 text="both", dtype=torch.float32, init=True):
         super().__init__()
         size = SIZES[sam] if isinstance(sam, str) else sam
         lora_rank = size.lora_rank if lora_rank is None else lora_rank
-        self.settings = dict(sam=sam, lora_rank=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
-                             down_blocks=down_blocks)
+        self.settings = dict(sam=sam, lora_rank=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, text_lora=text_lora,
+                             down_blocks=down_blocks, prompts=prompts, text=text)
         with nullcontext() if init else Unwritten():
             self.siglip, self.sam = SigLIP(size.siglip), SAM(size.sam)
-        self.prompter = AttnPrompter(self.siglip.size.width, self.sam.size.prompt, down_blocks)
+        self.prompter = AttnPrompter(self.siglip.size.width, self.sam.size.prompt, down_blocks, text)
         self.image_size = self.sam.size.image
         self.tokenizer = toy_tokenizer() if sam == "tiny" else None     # b, l, h: comes with SigLIP's weights
         self.backbones = {}                                             # where the weights came from
@@ -164,13 +174,15 @@ class RSRefSeg(nn.Module):
         if lora_rank:
             self.siglip.requires_grad_(False)
             self.sam.requires_grad_(False)
-            lora.inject(self, LORA_TARGETS, lora_rank, lora_alpha, lora_dropout)
-            self.sam.prompt_encoder.mask_embed.requires_grad_(True)
+            lora.inject(self, LORA_TARGETS + TEXT_LORA_TARGETS * text_lora, lora_rank, lora_alpha, lora_dropout)
+            self.sam.prompt_encoder.requires_grad_(True)
             self.sam.mask_decoder.requires_grad_(True)
-        prompts = self.sam.prompt_encoder
-        for unused in (self.sam.mask_decoder.iou_prediction_head, prompts.point_embed, prompts.not_a_point_embed,
-                       prompts.no_mask_embed):
-            unused.requires_grad_(False)
+        prompt_encoder = self.sam.prompt_encoder
+        unused = [self.sam.mask_decoder.iou_prediction_head, prompt_encoder.point_embed, prompt_encoder.not_a_point_embed,
+                  prompt_encoder.mask_embed if prompts == "sparse" else prompt_encoder.no_mask_embed]
+        unused += [self.prompter] * (prompts == "dense") + [self.siglip.text_model.head] * (prompts == "sparse" and text == "local")
+        for module in unused:
+            module.requires_grad_(False)
         encoder = self.sam.vision_encoder
         for module in (*self.siglip.modules(), *encoder.patch_embed.modules(), *encoder.layers.modules()):   # where autocast acts
             if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
@@ -200,7 +212,8 @@ class RSRefSeg(nn.Module):
             sparse, word_map, sentence_map = self.prompter(v, t, s, mask, a, b, code.grid(v.shape[-1]))
             side = 4 * f_sam.shape[-1]
             prior = F.interpolate(sentence_map[:, None], size=(side, side), mode="bilinear", align_corners=False)
-            _, dense = self.sam.prompt_encoder(code, masks=prior)                               # (N, C, e, e)
+            sparse = None if self.settings["prompts"] == "dense" else sparse
+            _, dense = self.sam.prompt_encoder(code, masks=None if self.settings["prompts"] == "sparse" else prior)   # (N, C, e, e)
             logits, _ = self.sam.decode(f_sam, sparse, dense, multimask=False)                  # (N, 1, 4e, 4e)
         if taps is not None:
             taps.update(f_sam=f_sam, v=v, t=t, s=s, word_map=word_map, sentence_map=sentence_map, sparse=sparse, dense=dense)
@@ -214,20 +227,20 @@ class RSRefSeg(nn.Module):
         return self.decode(self.encode(images), ids, mask, taps)
 
     @staticmethod
-    def loss(logits, masks, dice=0.0):
+    def loss(logits, masks, dice=False):
         """5 x binary cross-entropy at the size of masks (N, 1, H, W) in {0, 1} (areas in [0, 1] also serve); the logits are
-        brought there bilinearly. `dice` weighs a soft Dice loss added to it: not in the paper, needed from scratch."""
+        brought there bilinearly. `dice` adds a soft Dice loss: not in the paper, needed from scratch."""
         masks = masks.float()
         logits = F.interpolate(logits.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False)
         loss = 5 * F.binary_cross_entropy_with_logits(logits, masks)
         if dice:
             p = logits.sigmoid()
             overlap, area = (p * masks).sum((1, 2, 3)), (p + masks).sum((1, 2, 3))
-            loss = loss + dice * (1 - (2 * overlap + 1) / (area + 1)).mean()
+            loss = loss + (1 - (2 * overlap + 1) / (area + 1)).mean()
         return loss
 
     @classmethod
-    def map_loss(cls, sentence_map, masks, dice=0.0):
+    def map_loss(cls, sentence_map, masks, dice=False):
         """The same loss on the sentence map (N, g, g), against how much of each cell the mask covers: not in the paper.
         From scratch it is what makes the towers agree; pretrained towers do already."""
         cover = F.adaptive_avg_pool2d(masks.float(), sentence_map.shape[-2:])
@@ -328,9 +341,9 @@ class RSRefSeg(nn.Module):
         wanted = lora.trained_state_dict(self)
         wrong = sorted(key for key in tensors.keys() | wanted.keys()
                        if key not in tensors or key not in wanted or tensors[key].shape != wanted[key].shape)
-        if wrong:
+        if wrong or any(settings[name] != self.settings[name] for name in ABLATIONS):        # words or sentence only: shapes are alike
             raise ValueError(f"{path} was trained as {settings}, this model is {self.settings}: {len(wrong)} tensors "
-                             f"do not fit, first {wrong[0]}. Build the model with the checkpoint's settings (--sam {settings['sam']}).")
+                             f"do not fit{', first ' + wrong[0] if wrong else ''}. Build the model with the checkpoint's settings (--sam {settings['sam']}).")
         for key, tensor in wanted.items():
             tensor.copy_(tensors[key])
 
@@ -366,6 +379,8 @@ class RSRefSeg(nn.Module):
         """Write the whole model as a state dict in the released code's layout, .pth or .safetensors, so that it runs there.
         The pooling head comes from the checkpoint this model was loaded from, or from SigLIP's file with a LoRA of zeros."""
         self.refuse_merged()
+        if not self.settings["lora_rank"] or any(self.settings[name] != values[0] for name, values in ABLATIONS.items()):
+            raise ValueError(f"the released layout is for the paper's model with LoRA, not for {self.settings}.")
         if self.siglip.text_model.head.base.weight.dtype != torch.float32:
             raise ValueError("the frozen towers are not fp32, and would be written rounded: load the model without dtype first.")
         names, r, extra = pooling_names(), self.settings["lora_rank"], self.official_extra
@@ -385,7 +400,8 @@ class RSRefSeg(nn.Module):
         siglip_text for SiglipModel's vision_model and text_model, sam_vision for SamModel's vision_encoder."""
         for name, part in (("siglip_vision", self.siglip.vision_model), ("siglip_text", self.siglip.text_model),
                            ("sam_vision", self.sam.vision_encoder)):
-            lora.save_peft(part, Path(folder) / name)
+            if name != "siglip_text" or self.settings["text_lora"]:
+                lora.save_peft(part, Path(folder) / name)
 
     @classmethod
     def from_checkpoint(cls, path, siglip=None, sam_weights=None, dtype=torch.float32):
@@ -458,9 +474,6 @@ def read_official(path):
     return state
 
 
-SETTINGS = {"sam", "lora_rank", "lora_alpha", "lora_dropout", "down_blocks"}           # with which a checkpoint's model was built
-
-
 def read_checkpoint(path):
     """-> metadata dict, tensors dict. Raises FileNotFoundError, or ValueError naming what is wrong with the file."""
     if not Path(path).is_file():
@@ -472,9 +485,13 @@ def read_checkpoint(path):
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole checkpoint ({error}). Copy it again or train anew.") from error
     settings = about.get("settings")
-    if not isinstance(settings, dict) or settings.keys() != SETTINGS or settings["sam"] not in list(SIZES) or not all(
-            isinstance(settings[name], (int, float)) and 0 <= settings[name] <= 1024 for name in SETTINGS - {"sam"}):
-        raise ValueError(f"{path} is a safetensors file but no checkpoint of train.py: its metadata does not hold {sorted(SETTINGS)}.")
+    choices = dict(ABLATIONS, sam=tuple(SIZES))
+    numbers = dict(lora_rank=[int], down_blocks=[int], lora_alpha=[int, float], lora_dropout=[int, float])
+    if not isinstance(settings, dict) or settings.keys() != choices.keys() | numbers.keys() or not all(
+            [type(settings[name]) is type(values[0]) and settings[name] in values for name, values in choices.items()] +
+            [type(settings[name]) in types and 0 <= settings[name] <= 1024 for name, types in numbers.items()]):
+        raise ValueError(f"{path} is a safetensors file but no checkpoint of this train.py: its settings are {settings}, not values for "
+                         f"{', '.join([*choices, *numbers])}.")
     return about, tensors
 
 

@@ -5,6 +5,7 @@
 3. The programs as a user runs them, and the full sizes.
 
     python test_rsrefseg.py parity b l                    parity at full size, as the table in the README (b 8 minutes on two cores)
+    python test_rsrefseg.py ablation DIR                  the paper's ablations on the toy set, 37 runs of tiny, 50 minutes on two cores
     python test_rsrefseg.py bench b infer bf16 [--batch N] [--phrases N] [--device cuda] [--checkpoint-activations]
                                                           time and memory beside the same model from transformers and peft
 
@@ -33,6 +34,7 @@ import tempfile
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +43,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import data
@@ -158,7 +160,7 @@ def test_files_that_ask_for_too_much_or_lead_elsewhere(toy, tmp_path, monkeypatc
         with pytest.raises(ValueError, match=message):
             data.read_mask(dataclasses.replace(ref, mask=mask))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 100)
-    assert (np.asarray(data.to_rgb(Image.fromarray(np.array([[0, 5, np.nan, 10]], np.float32))))[0, :, 0] == [0, 128, 0, 255]).all()
+    assert abs(np.asarray(data.to_rgb(Image.fromarray(np.array([[0, 5, np.nan, 10]], np.float32))))[0, :, 0].astype(int) - [0, 128, 0, 255]).max() <= 1
     with pytest.raises(ValueError, match="00000.jpg is too large to open safely"):
         data.read_image(ref.image)
     row = dict(image="a.png", mask="a.png", phrase="the ship", split="train")
@@ -292,8 +294,18 @@ def test_images_of_every_mode(tmp_path):
             error = abs(np.asarray(read).astype(int) - expected).mean()
             assert error <= {"palette.png": 25, "cmyk.jpg": 6}.get(name, 0), (name, error)
     assert set(np.unique(data.read_image(tmp_path / "bit.png"))) == {0, 255}
+    low, high = np.percentile(ramp, (2, 98))
+    stretched = np.clip((ramp - low) * 255 / (high - low), 0, 255)
     for name in ("16.png", "16.tif", "32.tif", "float.tif"):
-        assert abs(np.asarray(data.read_image(tmp_path / name))[..., 0].astype(int) - ramp).max() <= 1, name
+        assert abs(np.asarray(data.read_image(tmp_path / name))[..., 0] - stretched).max() <= 1, name
+    hot = ramp.astype(np.uint16) * 16
+    hot[0, :3] = 65535                                                                 # three hot pixels of 600 must not darken the rest
+    Image.fromarray(hot).save(tmp_path / "hot.tif")
+    assert abs(np.asarray(data.read_image(tmp_path / "hot.tif"))[..., 0].astype(int) - stretched)[0, 3:].max() <= 2
+    night = np.zeros((20, 30), np.uint16)
+    night[3, :4] = 100, 1000, 5000, 10000                                              # both percentiles are 0
+    Image.fromarray(night).save(tmp_path / "night.tif")
+    assert np.asarray(data.read_image(tmp_path / "night.tif"))[3, :5, 0].tolist() == [3, 26, 128, 255, 0]
     whole = (tmp_path / "rgb.png").read_bytes()
     for broken in (whole[:len(whole) // 2], b"", b"text"):
         (tmp_path / "broken.png").write_bytes(broken)
@@ -365,7 +377,8 @@ def test_schedule():
 def test_defaults_are_the_papers():
     for size in ("b", "l"):
         args = vars(train.parse_args(["--sam", size]))
-        expected = dict(epochs=200, total_batch=32, phrases=1, lr=1e-4, weight_decay=0.05, warmup_epochs=5, dice=0, map_loss=0, clip=0)
+        expected = dict(epochs=200, total_batch=32, phrases=1, lr=1e-4, weight_decay=0.05, warmup_epochs=5, loss="bce", map_loss=0, clip=0,
+                        text_lora=True, down_blocks=2, prompts="both", text="both")
         assert {key: args[key] for key in expected} == expected
         assert rsrefseg.SIZES[size].lora_rank == 16 and (args["lora_alpha"], args["lora_dropout"]) == (16, 0.1)
     assert set(train.TINY) <= set(args), "every tiny default is a flag"
@@ -424,19 +437,90 @@ def test_phrases_of_an_image_share_its_encoding():
     check("k phrases an image against one by one", model(images, ids), one_by_one, 1e-5)
 
 
-def test_every_trainable_parameter_gets_a_gradient():
-    for rank in (4, 0):
-        model = small_model(rank, lora_dropout=0.0)
+ABLATED = [{}, dict(prompts="sparse"), dict(prompts="dense"), dict(text="local"), dict(text="global"), dict(text_lora=False), dict(down_blocks=1),
+           dict(down_blocks=3), dict(prompts="sparse", text="local"), dict(prompts="dense", text="global", text_lora=False)]
+
+
+@pytest.mark.parametrize("ablated", ABLATED, ids=str)
+def test_every_trainable_parameter_gets_a_gradient(ablated):
+    for rank in (4, 0) if ablated.get("text_lora", True) else (4,):
+        model = small_model(rank, lora_dropout=0.0, **ablated)
         images, ids, masks = batch()
         model.loss(model(images, ids), masks).backward()
         got = {name for name, p in model.named_parameters() if p.grad is not None}
         assert got == {name for name, p in model.named_parameters() if p.requires_grad}
         groups = train.optimiser_groups(model, train.parse_args(["--sam", "b"]))
         assert all(group["weight_decay"] == 0.05 and "lr" not in group for group in groups)                # as released: one rate and decay
-        assert [group["name"] for group in groups] == (["lora", "mask prompt", "mask decoder", "prompter"] if rank else
-                                                       ["towers", "mask prompt", "mask decoder", "prompter"])
+        names = ["lora" if rank else "towers", "mask prompt", "mask decoder", "prompter"]
+        assert [group["name"] for group in groups] == [name for name in names if (name, ablated.get("prompts")) != ("prompter", "dense")]
         zero = {name for name, p in model.named_parameters() if p.requires_grad and not p.grad.any()}
         assert all(".output_hypernetworks_mlps." in name and ".0." not in name.split("mlps")[1][:3] for name in zero), zero
+
+
+def test_ablations_leave_out_what_they_say(tmp_path, monkeypatch):
+    """Changing what an ablation leaves out changes nothing; the paper's model feels it. Checkpoints keep the settings."""
+    images, ids, _ = batch()
+
+    def felt(module, **ablated):
+        model = small_model(**ablated).eval()
+        before = model(images, ids)
+        for parameter in model.get_submodule(module).parameters():
+            nn.init.normal_(parameter, std=0.3)
+        return not torch.equal(before, model(images, ids))
+
+    for module, leaves_out in (("prompter.project", dict(prompts="dense")), ("sam.prompt_encoder.mask_embed", dict(prompts="sparse")),
+                               ("siglip.text_model.head", dict(prompts="sparse", text="local")), ("sam.prompt_encoder.no_mask_embed", {})):
+        assert not felt(module, **leaves_out) and felt(module, prompts="sparse") == (module != "sam.prompt_encoder.mask_embed")
+    v, t, s = torch.randn(2, 48, 5, 5), torch.randn(2, 7, 48), torch.randn(2, 48)
+    for text in ("both", "local", "global"):
+        prompter = small_model(text=text).eval().prompter
+        prompt = lambda t, s: prompter(v, t, s, torch.ones(2, 7, dtype=torch.bool), torch.tensor([5.0]), torch.tensor([-1.0]), torch.zeros(1, 32, 5, 5))[0]
+        assert torch.equal(prompt(t, s), prompt(t.roll(1, 0), s)) == (text == "global") and torch.equal(prompt(t, s), prompt(t, s.roll(1, 0))) == (text == "local")
+    assert [small_model(down_blocks=n).prompter.spatial(torch.zeros(1, 32, 27, 27)).shape[-1] for n in (1, 2, 3)] == [14, 7, 4]
+    assert not any("text_model" in name for name in lora.adapted_layers(small_model(text_lora=False)))
+
+    model, *folders = small_from_files(tmp_path, monkeypatch)
+    ablated = dict(lora_rank=2, text_lora=False, down_blocks=1, prompts="sparse", text="global")
+    model = RSRefSeg.from_pretrained("small", *folders, **ablated).eval()
+    model.save(tmp_path / "ablated.safetensors")
+    again = RSRefSeg.from_checkpoint(tmp_path / "ablated.safetensors")
+    assert again.settings.items() >= ablated.items() and torch.equal(model(images, ids), again(images, ids))
+    with pytest.raises(ValueError, match="the released layout is for the paper's model"):
+        again.export_official(tmp_path / "out.pth")
+    tensors = load_file(tmp_path / "ablated.safetensors")
+    save_file(tensors, tmp_path / "other.safetensors", {"settings": json.dumps(dict(model.settings, prompts="all"))})
+    with pytest.raises(ValueError, match="no checkpoint of this train.py"):
+        RSRefSeg.from_checkpoint(tmp_path / "other.safetensors")
+    for trained, loads in (("local", "global"), ("global", "local")):
+        tensors = lora.trained_state_dict(small_model(text=trained))
+        with pytest.raises(ValueError, match="was trained as"):
+            small_model(text=loads).copy_trained(tensors, small_model(text=trained).settings, "x")
+    again.export_peft(tmp_path / "peft")
+    assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == ["sam_vision", "siglip_vision"]
+
+
+def test_ablation_flags_reach_the_model(toy, tmp_path):
+    flags = ["--prompts", "sparse", "--text", "global", "--down-blocks", "1", "--loss", "bce", "--map-loss", "0"]
+    run(HERE / "train.py", "--sam", "tiny", "--data", toy, "--out", tmp_path, "--epochs", 1, *flags)
+    model, (about, tensors) = RSRefSeg.from_checkpoint(tmp_path / "best.safetensors"), rsrefseg.read_checkpoint(tmp_path / "best.safetensors")
+    assert about["settings"].items() >= dict(prompts="sparse", text="global", down_blocks=1, text_lora=True).items() and about["args"]["loss"] == "bce"
+    assert len(model.prompter.spatial) == 1 and tensors["prompter.channel.conv.weight"].shape[1] == 2 * 64
+    for wrong, message in ((["--no-text-lora"], "--no-text-lora says which towers LoRA adapts"), (["--prompts", "sparse", "--text", "local"], "give --map-loss 0")):
+        assert message in run(HERE / "train.py", "--sam", "tiny", *wrong, fails=True)
+
+
+def test_dropout_of_the_adapters():
+    """On average x; each value dropped or scaled; bytes kept for the backward pass; nothing in eval mode."""
+    x, dropout, kept = torch.ones(400, 500, requires_grad=True), lora.Dropout(0.2), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.dtype) or tensor, lambda tensor: tensor):
+        y = dropout(x)
+    assert kept == [torch.bool] and set(y.unique().tolist()) == {0.0, 1.25} and 0.19 < (y == 0).float().mean() < 0.21
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    assert dropout.eval()(x) is x and lora.Dropout(0.0)(x) is x
+    layer = lora.LoRALinear(nn.Linear(500, 4), 2, 2, 0.2).train()
+    nn.init.ones_(layer.B.weight)
+    assert not torch.equal(layer(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
 
 
 def test_checkpointed_activations_change_nothing():
@@ -483,7 +567,7 @@ def test_checkpoint_round_trip_and_errors(tmp_path, monkeypatch):
     (tmp_path / "cut.safetensors").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(ValueError, match="cut.safetensors is not a whole checkpoint"):
         RSRefSeg.from_checkpoint(tmp_path / "cut.safetensors")
-    with pytest.raises(ValueError, match="no checkpoint of train.py"):
+    with pytest.raises(ValueError, match="no checkpoint of this train.py"):
         RSRefSeg.from_checkpoint(sam_folder / "model.safetensors")
 
 
@@ -1306,7 +1390,7 @@ def losses(folder):
 def same_run(a, b):
     """Whether two finished runs agree to the last bit: weights, optimiser, every logged loss and the scores."""
     states = [torch.load(folder / "resume.pt", weights_only=True) for folder in (a, b)]
-    flat = [torch.utils._pytree.tree_leaves((state["model"], state["optimiser"], state["counts"])) for state in states]
+    flat = [torch.utils._pytree.tree_leaves((state["model"], state["optimiser"], state["progress"])) for state in states]
     equal = all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(*flat, strict=True))
     best = [rsrefseg.read_checkpoint(folder / "best.safetensors")[1] for folder in (a, b)]
     return equal and losses(a) == losses(b) and all(torch.equal(tensor, best[1][key]) for key, tensor in best[0].items())
@@ -1394,7 +1478,7 @@ def test_tiny_resumes_to_the_bit(toy, tmp_path):
         out = tmp_path / f"cut{cut}"
         subprocess.run([sys.executable, "-c", code, *map(str, common[1:]), "--out", out], cwd=HERE, capture_output=True)
         state = torch.load(out / "resume.pt", weights_only=True)
-        assert state["counts"][:2] == (step, validated)
+        assert (state["progress"]["step"], state["progress"]["validated"]) == (step, validated)
         assert "resumed" in run(*common, "--out", out, "--resume") and same_run(tmp_path / "whole", out)
     shutil.copytree(toy, tmp_path / "fewer")
     rows = data.read_pickle(tmp_path / "fewer" / "rrsisd" / "refs(unc).p")
@@ -1752,8 +1836,13 @@ def test_readme_is_true():
         assert all(flag in known for flag in re.findall(r"--[a-z-]+", rest)), (name, rest)
     for flag in re.findall(r"`(--[a-z-]+)", readme):
         assert any(flag in (HERE / f"{name}.py").read_text() for name in ("train", "evaluate", "rsrefseg", "data")), flag
+    text = re.sub(r"^```.*?^```", "", readme, flags=re.S | re.M)
+    anchors = {"#" + re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)", text, re.M)}
     for linked in re.findall(r"\]\((?!http)([^)]+)\)", readme):
-        assert (HERE / linked).is_file(), linked
+        assert linked in anchors or (HERE / linked).is_file(), linked
+    for name, quoted in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", readme, re.S):       # the walk through the model quotes the code
+        for quote in quoted.splitlines():
+            assert any(line.partition("  #")[0].rstrip() == quote for line in (HERE / name).read_text().splitlines()), quote
 
 
 @pytest.mark.slow
@@ -2041,6 +2130,50 @@ def bench(args):
     print(f"  matrix products: {rate / 1e12:.2f} Tflop/s measured here; {work / 1e12:.2f} Tflop a call for one phrase an image, ours reaches {work / median['ours'] / rate:.0%} of that rate")
 
 
+# ==================================================================================================== 6. the paper's ablations
+
+# What changes -> the flags that do it, and what the paper found: from scratch, and with LoRA on towers trained before (tiny, one epoch).
+SCRATCH = {
+    "the default: both, words and sentence, 2 blocks, 9 sparse prompts": ("", ""),
+    "sparse prompts only": ("--prompts sparse", "both prompts are best"), "dense prompt only": ("--prompts dense", "both prompts are best"),
+    "words only": ("--text local", "words and sentence are best"), "sentence only": ("--text global", "words and sentence are best"),
+    "1 block in the prompter, 36 sparse prompts": ("--down-blocks 1", "2 are best"), "3 blocks, 4 sparse prompts": ("--down-blocks 3", "2 are best"),
+    "cross-entropy without Dice": ("--loss bce", "its own loss"),
+}
+ADAPTED = {f"LoRA of rank {rank}": (f"--lora-rank {rank}", "16 is best of 8, 16, 32") for rank in (16, 8, 32)}
+ADAPTED |= {"rank 16, text tower frozen": ("--lora-rank 16 --no-text-lora", "tuning the text tower helps much")}
+
+
+def ablation(folder, epochs=2, seeds=3):
+    """Every row with `seeds` seeds on the toy set, a run per core -> printed table of test gIoU. Runs that `folder` holds are not repeated."""
+    folder = folder.resolve()
+
+    def train_once(flags):
+        out = folder / re.sub(r"\W+", "_", f"{flags.replace(str(folder), '')} {epochs}").strip("_")
+        if not (out / "best.safetensors").exists() or '"kind": "test"' not in (out / "log.jsonl").read_text():
+            shutil.rmtree(out, ignore_errors=True)
+            run(HERE / "train.py", "--sam", "tiny", "--out", out, "--epochs", epochs, *flags.split())
+        return next(row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if row["kind"] == "test")["gIoU"]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    train_once("--epochs 1 --seed 100")                               # the later --epochs counts
+    model = RSRefSeg.from_checkpoint(folder / f"epochs_1_seed_100_{epochs}" / "best.safetensors")
+    towers = "--siglip {} --sam-weights {}".format(*save_backbones(model, folder))
+    model.tokenizer.save(str(folder / "siglip" / "tokenizer.json"))
+    rows = SCRATCH | {name: (f"{flags} {towers}", paper) for name, (flags, paper) in ADAPTED.items()}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {name: [pool.submit(train_once, f"{flags} --seed {seed}") for seed in range(seeds)]
+                for name, (flags, _) in rows.items()}
+        print("| change | flags | test gIoU, mean | least to most | minus the first row, each seed | the paper |\n|---|---|---|---|---|---|")
+        for name, runs in jobs.items():
+            group = ADAPTED if name in ADAPTED else SCRATCH
+            values, first = ([job.result() for job in some] for some in (runs, jobs[next(iter(group))]))
+            differences = ", ".join(f"{value - other:+.1f}" for value, other in zip(values, first)) if values != first else ""
+            flags, paper = (f"`{group[name][0]}`" if group[name][0] else "", group[name][1])
+            print(f"| {name} | {flags} | {statistics.mean(values):.1f} | {min(values):.1f} to {max(values):.1f} | {differences} | {paper} |", flush=True)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["parity"]:
         parity_table(sys.argv[2:] or ["b"])
@@ -2048,5 +2181,7 @@ if __name__ == "__main__":
         bench(bench_arguments(sys.argv[2:]))
     elif sys.argv[1:2] == ["worker"]:
         bench_worker(sys.argv[2], bench_arguments(sys.argv[3:]))
+    elif sys.argv[1:2] == ["ablation"]:
+        ablation(Path(sys.argv[2] if sys.argv[2:] else "runs/ablation"))
     else:
         sys.exit(pytest.main([__file__, "-s", *sys.argv[1:]]))

@@ -1,4 +1,5 @@
-"""Train RSRefSeg. Read it top to bottom: arguments, device and seed, data, model, optimiser, schedule, resume, loop.
+"""Train RSRefSeg. Read `main` at the end first: arguments, data, model and optimiser, resume, loop, final score; the functions
+above it stand in the order in which it needs them.
 
     python train.py --sam tiny                     draws its data, needs no download, minutes on two CPU cores
     python train.py --sam b                        the paper's recipe; fetches the pretrained towers once
@@ -22,6 +23,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,12 +37,12 @@ from tqdm import tqdm
 import lora
 from data import FORMATS, RefSegDataset, collate, fatal_defects, leave_group, positive, run, write_toy
 from evaluate import AMP, default_amp, evaluate, line, picture_sheet, processes, scores
-from rsrefseg import SIGLIP_HUB, SIZES, RSRefSeg, is_checkpoint, usable_device, whole_file
+from rsrefseg import ABLATIONS, SIGLIP_HUB, SIZES, RSRefSeg, is_checkpoint, usable_device, whole_file
 from sam import SIZES as SAM_SIZES
 from siglip import canonical, tokenize
 
 # What `--sam tiny` does otherwise: no pretrained tower, so losses that teach them to agree, and a few epochs of a high rate.
-TINY = dict(epochs=5, batch_size=8, total_batch=8, phrases=4, lr=2e-3, warmup_epochs=0.25, clip=1.0, dice=1.0,
+TINY = dict(epochs=5, batch_size=8, total_batch=8, phrases=4, lr=2e-3, warmup_epochs=0.25, clip=1.0, loss="bce+dice",
             map_loss=1.0, workers=0, cache=True, val_every=1)
 
 
@@ -64,6 +66,10 @@ def parse_args(argv=None):
     add("--lora-rank", type=int, help="0 trains the whole towers; unset by size (16, tiny 0)")
     add("--lora-alpha", type=float, default=16, help="scale of the adapters, times the rank")
     add("--lora-dropout", type=float, default=0.1, help="dropout on the input of the adapters")
+    add("--text-lora", action=argparse.BooleanOptionalAction, default=True, help="adapt the text tower too")
+    add("--down-blocks", type=int, choices=[1, 2, 3], default=2, help="stride-2 convolutions of the prompter: 14 x 14, 7 x 7 or 4 x 4 sparse prompts (b, l)")
+    add("--prompts", choices=ABLATIONS["prompts"], default="both", help="which prompts SAM gets; dense alone needs no prompter")
+    add("--text", choices=ABLATIONS["text"], default="both", help="text semantics in the attended features: words, sentence")
     # recipe
     add("--epochs", type=positive, default=200, help="passes over the training split")
     add("--batch-size", type=positive, default=4, help="images in memory at a time")
@@ -73,7 +79,7 @@ def parse_args(argv=None):
     add("--weight-decay", type=float, default=0.05, help="of AdamW, on everything that trains")
     add("--warmup-epochs", type=float, default=5, help="epochs of linear warm-up")
     add("--clip", type=float, default=0.0, help="largest gradient norm; 0 does not clip")
-    add("--dice", type=float, default=0.0, help="weight of a Dice loss beside the paper's cross-entropy")
+    add("--loss", choices=["bce", "bce+dice"], default="bce", help="the paper's cross-entropy, or a Dice loss beside it")
     add("--map-loss", type=float, default=0.0, help="weight of the same loss on the sentence map")
     # machine
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
@@ -84,7 +90,7 @@ def parse_args(argv=None):
     add("--cache", action=argparse.BooleanOptionalAction, default=False, help="keep training data in memory; with --workers 0")
     add("--seed", type=int, default=0, help="of initial weights and order")
     add("--toy-seed", type=int, default=0, help="seed of the toy scenes, when they have to be drawn")
-    add("--log-every", type=positive, default=50, help="optimiser steps between log lines")
+    add("--log-every", type=positive, default=50, help="optimiser steps between log lines; at least one an epoch")
     add("--save-every", type=positive, default=200, help="optimiser steps between writings of resume.pt")
     add("--val-every", type=positive, default=1, help="epochs between validations, each of which writes a checkpoint")
     if parser.parse_known_args(argv)[0].sam == "tiny":
@@ -94,8 +100,12 @@ def parse_args(argv=None):
     args.data = args.data or Path("data") / (f"toy-{args.toy_seed}" if args.draw else "rrsis-d")
     args.out = args.out or Path("runs") / args.sam
     args.amp = args.amp or default_amp(args.device)
-    if args.sam == "tiny" and args.lora_rank:
-        parser.error("--sam tiny has no pretrained towers that --lora-rank could adapt")
+    if args.sam == "tiny" and args.lora_rank and not (args.siglip and args.sam_weights or args.init):
+        parser.error("--sam tiny has no pretrained towers that --lora-rank could adapt, unless --siglip and --sam-weights name some")
+    if args.prompts == "sparse" and args.text == "local" and args.map_loss:
+        parser.error("--prompts sparse --text local does not use the sentence: give --map-loss 0")
+    if not args.text_lora and not (SIZES[args.sam].lora_rank if args.lora_rank is None else args.lora_rank):
+        parser.error("--no-text-lora says which towers LoRA adapts: give a --lora-rank above 0")
     return args
 
 
@@ -257,9 +267,9 @@ def dropped_rows(defects, args):
 def initial_model(args):
     """The model that training starts from. Raises FileNotFoundError or ValueError naming the file that does not fit."""
     dtype = AMP[args.amp] or torch.float32
-    settings = dict(lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout)
+    settings = {name: getattr(args, name) for name in ("lora_rank", "lora_alpha", "lora_dropout", "down_blocks", *ABLATIONS)}
     if not args.init:
-        if args.sam == "tiny":
+        if args.sam == "tiny" and not args.lora_rank:
             return RSRefSeg(args.sam, **settings)
         return RSRefSeg.from_pretrained(args.sam, args.siglip or SIGLIP_HUB, args.sam_weights, dtype=dtype, **settings)
     if is_checkpoint(args.init):
@@ -267,7 +277,8 @@ def initial_model(args):
     else:
         model = RSRefSeg.load_official(args.init, args.siglip or SIGLIP_HUB, dtype=dtype, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout)
     wanted = dict(settings, sam=args.sam, lora_rank=SIZES[args.sam].lora_rank if args.lora_rank is None else args.lora_rank)
-    other = [f"--{name.replace('_', '-')} {model.settings[name]}" for name, value in wanted.items() if model.settings[name] != value]
+    other = [f"--{name.replace('_', '-')} {model.settings[name]}" if name != "text_lora" else "--no-text-lora" if value else "--text-lora"
+             for name, value in wanted.items() if model.settings[name] != value]
     if other:
         raise ValueError(f"{args.init} was trained otherwise: give {' '.join(other)} here too, or choose another --init.")
     return model
@@ -286,44 +297,142 @@ def load_resume(path, wanted):
     return state
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    rank, world = start_processes(args)
-    if rank:
-        sys.stdout = open(os.devnull, "w")                                             # the first process speaks for all
-    device = torch.device(args.device)
-    amp = AMP[args.amp]
-    accumulate, rest = divmod(args.total_batch, args.batch_size * world)
-    if rest:
-        raise ValueError(f"--total-batch {args.total_batch} is no multiple of --batch-size {args.batch_size}" + f" x {world} processes" * (world > 1))
+@dataclass
+class Progress:
+    """Where a run is: all of its state that is neither a weight nor the optimiser's."""
+    step: int = 0            # optimiser steps done
+    validated: int = 0       # the step of the last validation
+    best: float = -1.0       # the highest val gIoU
+    running: float = 0.0     # sum of the losses since the last log line ...
+    logged: int = 0          # ... and how many they are
+    unusable: int = 0        # steps in a row without a finite gradient
+    skipped: int = 0         # such steps in all
+
+
+def check_out(args):
+    """Raises ValueError if --out holds a run that would be overwritten, or none that could be resumed."""
     held = [name for name in ("resume.pt", "last.safetensors", "best.safetensors") if (args.out / name).exists()]
     if args.resume and "resume.pt" not in held:
         raise ValueError(f"{args.out} holds no run to resume, no resume.pt: " + ("name another --out." if held else "start without --resume."))
     if held and not args.resume:
         raise ValueError(f"{args.out} already holds a run ({', '.join(held)}): " + "continue it with --resume, or " * ("resume.pt" in held) +
                          "name another folder with --out.")
+
+
+def load_data(args):
+    """-> the train, val and test sets, checked. Raises ValueError naming a row that cannot be used."""
+    rank, world = processes()
+    if args.draw and rank == 0 and not (args.data / "rrsisd" / "refs(unc).p").exists():
+        write_toy(args.data, seed=args.toy_seed)
+    defects = [fatal_defects(args.data, args.dataset) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(defects)                                            # the others wait for the first one's check
+    side = SAM_SIZES[SIZES[args.sam].sam].image
+    train_set = RefSegDataset(args.data, "train", side, args.phrases, args.cache, args.dataset, args.clean_masks,
+                              dropped_rows(defects[0], args))
+    sets = train_set, *(RefSegDataset(args.data, split, side, dataset=args.dataset) for split in ("val", "test"))
+    print(*sets, sep="\n")
+    if len(train_set) < args.total_batch:
+        raise ValueError(f"--total-batch {args.total_batch} exceeds the {len(train_set)} training items in {args.data}: lower it.")
+    return sets
+
+
+def training_step(model, forward, stream, optimiser, scaler, accumulate, args):
+    """One optimiser step on the gradients of `accumulate` micro batches -> loss, norm of the gradient, ref_ids of its samples.
+    A gradient that is not finite leaves the weights, and BatchNorm's statistics, as they were. `forward` is the model, or
+    what DistributedDataParallel made of it."""
+    device, amp, dice = model.sam.mean.device, AMP[args.amp], args.loss == "bce+dice"
+    samples, mean_loss, buffers = [], torch.zeros((), device=device), [buffer.clone() for buffer in model.buffers()]
+    for micro in range(accumulate):
+        batch, taps = next(stream), {}
+        samples += [ref.ref_id for ref in batch["refs"]]
+        images, masks = (batch[key].to(device, non_blocking=True) for key in ("images", "masks"))
+        ids, mask = (x.to(device) for x in tokenize(model.tokenizer, [ref.phrase for ref in batch["refs"]]))
+        last = micro == accumulate - 1                                                 # gradients travel once a step
+        with nullcontext() if forward is model or last else forward.no_sync():
+            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                logits = forward(images / 255, ids, mask, taps)
+            loss = model.loss(logits, masks, dice)
+            if args.map_loss:
+                loss = loss + args.map_loss * model.map_loss(taps["sentence_map"], masks, dice)
+            scaler.scale(loss / accumulate).backward()
+        mean_loss += loss.detach() / accumulate
+    scaler.unscale_(optimiser)
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()          # waits for the device: what is not
+    if math.isfinite(norm):                                                            # finite must not reach the weights
+        scaler.step(optimiser)
+    else:
+        for buffer, before in zip(model.buffers(), buffers):
+            buffer.copy_(before)
+    scaler.update()
+    optimiser.zero_grad(set_to_none=True)
+    return mean_loss.item(), norm, samples
+
+
+def validate(model, val_set, progress, steps_per_epoch, args):
+    """Score val, write last.safetensors and, if it is the best so far, best.safetensors -> the rows that evaluate makes."""
+    began = time.time()
+    for buffer in model.buffers() if dist.is_initialized() else ():                    # where BatchNorm is not synchronised
+        dist.broadcast(buffer, 0)                                                      # the first process's statistics count
+    rows = evaluate(model, val_set, args.batch_size, AMP[args.amp], args.workers)
+    result = scores(rows)
+    better, progress.best, progress.validated = result["gIoU"] > progress.best, max(progress.best, result["gIoU"]), progress.step
+    about = dict(args={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, step=progress.step, val=result)
+    for name in ["last.safetensors"] + ["best.safetensors"] * better if processes()[0] == 0 else ():
+        model.save(args.out / name, **about)
+    log(args, line(f"val   e {progress.step / steps_per_epoch:06.2f} step {progress.step:06d}", result) +
+        f" | {time.time() - began:.0f} s" + f" | best -> {args.out / 'best.safetensors'}" * better, kind="val", step=progress.step, **result)
+    return rows
+
+
+def note_skipped(progress, samples, loss, scale, args):
+    """Log a step without a finite gradient. Raises ValueError when SKIPS of them came in a row."""
+    progress.unusable, progress.skipped = progress.unusable + 1, progress.skipped + 1
+    if dist.is_initialized():
+        dist.all_gather_object(samples_of := [None] * dist.get_world_size(), samples)
+        samples = sum(samples_of, [])
+    log(args, f"skip  step {progress.step:06d} | loss {loss}, gradient not finite, weights unchanged | samples {samples}",
+        kind="skip", step=progress.step, samples=samples, scale=scale)
+    if progress.unusable == SKIPS:
+        raise ValueError(f"{SKIPS} steps in a row, to step {progress.step}, had no finite gradient, the last with samples {samples}. They "
+                         f"left the weights as they were. Begin a new --out with a lower --lr, with --clip or --amp off; --init "
+                         f"{args.out / 'last.safetensors'} starts it from the last validation.")
+
+
+def log_training(progress, total, steps_per_epoch, rate, norm, took, args):
+    """One line on the mean loss since the last one; `took` seconds a step."""
+    mean = progress.running / progress.logged if progress.logged else None
+    record = dict(step=progress.step, epoch=progress.step / steps_per_epoch, loss=mean, lr=rate, gnorm=norm if math.isfinite(norm) else None,
+                  seconds_per_step=took, images_per_second=args.total_batch / took, skipped=progress.skipped,
+                  gib=torch.cuda.max_memory_allocated() / 2**30 if args.device.startswith("cuda") else None)
+    log(args, f"train e {record['epoch']:06.2f} step {progress.step:06d}/{total:06d} | loss {'-' if mean is None else f'{mean:.4f}'} | "
+        f"lr {rate:.2e} | gnorm {norm:.2f} | {took:.2f} s/it | {record['images_per_second']:.1f} img/s" +
+        (f" | {progress.skipped} skipped" if progress.skipped else "") + (f" | {record['gib']:.1f} GB" if record["gib"] else ""), kind="train", **record)
+    progress.running, progress.logged = 0.0, 0
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world = start_processes(args)
+    if rank:
+        sys.stdout = open(os.devnull, "w")                                             # the first process speaks for all
+    device, amp = torch.device(args.device), AMP[args.amp]
+    accumulate, rest = divmod(args.total_batch, args.batch_size * world)
+    if rest:
+        raise ValueError(f"--total-batch {args.total_batch} is no multiple of --batch-size {args.batch_size}" + f" x {world} processes" * (world > 1))
+    check_out(args)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                    # cuBLAS asks for it
         torch.use_deterministic_algorithms(True, warn_only=True)
 
     # ------------------------------------------------------------------------------------------------ data
-    if args.draw and rank == 0 and not (args.data / "rrsisd" / "refs(unc).p").exists():
-        write_toy(args.data, seed=args.toy_seed)
-    defects = [fatal_defects(args.data, args.dataset) if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(defects)
-    dropped = dropped_rows(defects[0], args)
-    side = SAM_SIZES[SIZES[args.sam].sam].image
-    train_set = RefSegDataset(args.data, "train", side, args.phrases, args.cache, args.dataset, args.clean_masks, dropped)
-    val_set, test_set = (RefSegDataset(args.data, split, side, dataset=args.dataset) for split in ("val", "test"))
-    for split in (train_set, val_set, test_set):
-        print(split)
-    steps_per_epoch = len(train_set) // args.total_batch
-    if not steps_per_epoch:
-        raise ValueError(f"--total-batch {args.total_batch} exceeds the {len(train_set)} training items in {args.data}: lower it.")
+    train_set, val_set, test_set = load_data(args)
+    steps_per_epoch, left_over = divmod(len(train_set), args.total_batch)
     total = args.epochs * steps_per_epoch
     print(f"{steps_per_epoch} steps of {args.total_batch} images x {args.phrases} phrases an epoch ({world} processes x {accumulate} x "
-          f"{args.batch_size} images), {total} steps in all, autocast {args.amp}, {device}")
+          f"{args.batch_size} images{f'; {left_over} items, others each time, are left over' if left_over else ''}), {total} steps in all, "
+          f"autocast {args.amp}, {device}")
 
     # ------------------------------------------------------------------------------------------------ model and optimiser
     torch.manual_seed(args.seed)
@@ -337,135 +446,81 @@ def main(argv=None):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last)                                # convolutions run faster in this layout
     print(lora.table(model))
-    groups = optimiser_groups(model, args)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    optimiser = torch.optim.AdamW(groups, lr=args.lr, fused=device.type == "cuda")
+    optimiser = torch.optim.AdamW(optimiser_groups(model, args), lr=args.lr, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else None
+    forward = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     args.out.mkdir(parents=True, exist_ok=True)
 
     # ------------------------------------------------------------------------------------------------ resume
-    step, validated, best, running, logged, unusable, skipped = 0, 0, -1.0, 0.0, 0, 0, 0
+    progress = Progress()
     if args.resume:
         state = load_resume(args.out / "resume.pt", recipe(args, train_set.refs))
         model.copy_trained(state["model"], state["settings"], args.out / "resume.pt")
         optimiser.load_state_dict(state["optimiser"])
         scaler.load_state_dict(state["scaler"])
-        step, validated, best, running, logged, unusable, skipped = state["counts"]
-        print(f"resumed {args.out} at step {step}, best val gIoU {best:.2f}")
+        progress = Progress(**state["progress"])
+        print(f"resumed {args.out} at step {progress.step}, best val gIoU {progress.best:.2f}")
     if rank == 0:
-        trim_log(args.out / "log.jsonl", step, validated)
-
-    def validation_due(step):
-        return step >= total or step % (args.val_every * steps_per_epoch) == 0
+        trim_log(args.out / "log.jsonl", progress.step, progress.validated)
 
     def keep():
         """All that a run consists of. Random numbers need no state: order and dropout follow from (seed, step, process)."""
         if rank == 0:
             with whole_file(args.out / "resume.pt") as partial:
-                torch.save(dict(counts=(step, validated, best, running, logged, unusable, skipped), model=lora.trained_state_dict(model),
-                                settings=model.settings, optimiser=optimiser.state_dict(), scaler=scaler.state_dict(),
-                                recipe=recipe(args, train_set.refs)), partial)
+                torch.save(dict(progress=vars(progress), model=lora.trained_state_dict(model), settings=model.settings,
+                                optimiser=optimiser.state_dict(), scaler=scaler.state_dict(), recipe=recipe(args, train_set.refs)), partial)
 
     # ------------------------------------------------------------------------------------------------ loop
-    stream, started, since = batches(train_set, args, step, steps_per_epoch), time.time(), step
+    stream, started, since = batches(train_set, args, progress.step, steps_per_epoch), time.time(), progress.step
+    validation_due = lambda: progress.step >= total or progress.step % (args.val_every * steps_per_epoch) == 0
     model.train()
-    with noted_signals() as signals, tqdm(
-            total=total, initial=step, unit="img", unit_scale=args.total_batch, desc=f"training {args.sam}", disable=rank > 0) as bar:
+    with noted_signals() as signals, tqdm(total=total, initial=progress.step, unit="img", unit_scale=args.total_batch,
+                                          desc=f"training {args.sam}", disable=rank > 0) as bar:
         while True:
             if stopped := bool(mean_of_processes(float(bool(signals)), device)):       # one was told to stop: all do
                 keep()
                 starter = "python" if world == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
                 command = shlex.join(["train.py", *(sys.argv[1:] if argv is None else argv), *["--resume"] * (not args.resume)])
-                tqdm.write(f"{signals[0].name if signals else 'stopped'} after step {step} of {total}: saved. Go on with\n    "
+                tqdm.write(f"{signals[0].name if signals else 'stopped'} after step {progress.step} of {total}: saved. Go on with\n    "
                            f"{starter} {command}")
                 break
-            if validated < step and validation_due(step):
+            if progress.validated < progress.step and validation_due():
                 began = time.time()
-                for buffer in model.buffers() if world > 1 else ():                    # where BatchNorm is not synchronised the
-                    dist.broadcast(buffer, 0)                                          # first process's statistics count
-                rows = evaluate(model, val_set, args.batch_size, amp, args.workers)
-                result = scores(rows)
-                better, best, validated = result["gIoU"] > best, max(best, result["gIoU"]), step
-                about = dict(args={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, step=step, val=result)
-                if rank == 0:
-                    model.save(args.out / "last.safetensors", **about)
-                    if better:
-                        model.save(args.out / "best.safetensors", **about)
-                log(args, line(f"val   e {step / steps_per_epoch:06.2f} step {step:06d}", result) +
-                    f" | {time.time() - began:.0f} s" + f" | best -> {args.out / 'best.safetensors'}" * better,
-                    kind="val", step=step, **result)
+                rows = validate(model, val_set, progress, steps_per_epoch, args)
                 keep()
                 if rank == 0:
                     with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-                        draw(model, val_set, rows, step, args.out)
+                        draw(model, val_set, rows, progress.step, args.out)
                 model.train()
                 started += time.time() - began
                 continue                                                               # to see whether a signal came
-            if step >= total:
+            if progress.step >= total:
                 break
 
-            torch.manual_seed((args.seed * 1_000_003 + step) * 10_007 + rank)          # of dropout
+            torch.manual_seed((args.seed * 1_000_003 + progress.step) * 10_007 + rank)  # of dropout
+            rate = learning_rate(progress.step, steps_per_epoch, args)
             for group in optimiser.param_groups:
-                group["lr"] = learning_rate(step, steps_per_epoch, args)
-            samples, step_loss, buffers = [], torch.zeros((), device=device), [buffer.clone() for buffer in model.buffers()]
-            for micro in range(accumulate):
-                batch = next(stream)
-                samples += [ref.ref_id for ref in batch["refs"]]
-                images, masks = (batch[key].to(device, non_blocking=True) for key in ("images", "masks"))
-                ids, mask = (x.to(device) for x in tokenize(model.tokenizer, [ref.phrase for ref in batch["refs"]]))
-                taps = {}
-                with ddp.no_sync() if ddp and micro < accumulate - 1 else nullcontext():    # gradients travel once a step
-                    with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-                        logits = (ddp or model)(images / 255, ids, mask, taps)
-                    loss = model.loss(logits, masks, args.dice)
-                    if args.map_loss:
-                        loss = loss + args.map_loss * model.map_loss(taps["sentence_map"], masks, args.dice)
-                    scaler.scale(loss / accumulate).backward()
-                step_loss += loss.detach() / accumulate
-            scaler.unscale_(optimiser)
-            norm = nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()  # waits: what is not finite must not
-            if math.isfinite(norm):                                                    # reach the weights
-                scaler.step(optimiser)
-            scaler.update()
-            optimiser.zero_grad(set_to_none=True)
-            step += 1
+                group["lr"] = rate
+            loss, norm, samples = training_step(model, forward, stream, optimiser, scaler, accumulate, args)
+            loss = mean_of_processes(loss, device)
+            progress.step += 1
             bar.update()
-            loss = mean_of_processes(step_loss.item(), device)
             if math.isfinite(norm):
-                running, logged, unusable = running + loss, logged + 1, 0
+                progress.running, progress.logged, progress.unusable = progress.running + loss, progress.logged + 1, 0
             else:
-                unusable, skipped = unusable + 1, skipped + 1
-                for buffer, before in zip(model.buffers(), buffers):                   # BatchNorm has seen it already
-                    buffer.copy_(before)
-                if world > 1:
-                    dist.all_gather_object(samples_of := [None] * world, samples)
-                    samples = sum(samples_of, [])
-                log(args, f"skip  step {step:06d} | loss {loss}, gradient not finite, weights unchanged | samples {samples}",
-                    kind="skip", step=step, samples=samples, scale=scaler.get_scale())
-                if unusable == SKIPS:
-                    raise ValueError(f"{SKIPS} steps in a row, to step {step}, had no finite gradient, the last with samples {samples}. They "
-                                     f"left the weights as they were. Begin a new --out with a lower --lr, with --clip or --amp off; --init "
-                                     f"{args.out / 'last.safetensors'} starts it from the last validation.")
-
-            if step % args.log_every == 0 or step == total:
-                took, mean = (time.time() - started) / (step - since), running / logged if logged else None
-                record = dict(step=step, epoch=step / steps_per_epoch, loss=mean, lr=optimiser.param_groups[0]["lr"],
-                              gnorm=norm if math.isfinite(norm) else None, seconds_per_step=took, images_per_second=args.total_batch / took, skipped=skipped,
-                              gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None)
-                log(args, f"train e {record['epoch']:06.2f} step {step:06d}/{total:06d} | loss {'-' if mean is None else f'{mean:.4f}'} | "
-                    f"lr {record['lr']:.2e} | gnorm {norm:.2f} | {took:.2f} s/it | {record['images_per_second']:.1f} img/s" +
-                    (f" | {skipped} skipped" if skipped else "") + (f" | {record['gib']:.1f} GB" if record["gib"] else ""), kind="train", **record)
-                bar.set_postfix(loss=mean)
-                running, logged, started, since = 0.0, 0, time.time(), step
-            if step % args.save_every == 0 or validation_due(step):
+                note_skipped(progress, samples, loss, scaler.get_scale(), args)
+            if progress.step % min(args.log_every, steps_per_epoch) == 0 or progress.step == total:
+                bar.set_postfix(loss=loss)
+                log_training(progress, total, steps_per_epoch, rate, norm, (time.time() - started) / (progress.step - since), args)
+                started, since = time.time(), progress.step
+            if progress.step % args.save_every == 0 or validation_due():
                 keep()
 
     # ------------------------------------------------------------------------------------------------ the final score, once
     if not stopped:
         model.load_trained(args.out / "best.safetensors")
         result = scores(evaluate(model, test_set, args.batch_size, amp, args.workers))
-        log(args, line("test ", result), kind="test", step=step, **result)
+        log(args, line("test ", result), kind="test", step=progress.step, **result)
     if world > 1:
         dist.destroy_process_group()
     if stopped:
