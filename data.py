@@ -260,6 +260,9 @@ def read_refs(root, dataset=None):
     """-> the data set's name, and every row of every split. `dataset` is a name in FORMATS; None tells it from the folder.
     Raises FileNotFoundError or ValueError naming the file and the cure."""
     root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder, seen from {Path.cwd()}. Name the data's folder with --data; `python data.py download` "
+                                "fetches a data set, `train.py --sam tiny` draws its own.")
     dataset = dataset or next((name for name, (mark, _) in FORMATS.items() if (root / mark).exists()), None)
     if dataset is None:
         raise FileNotFoundError(
@@ -343,7 +346,7 @@ class RefSegDataset(Dataset):
 
     def __str__(self):
         text = f"{self.split}: {len(self.refs):,} phrases on {len({ref.image for ref in self.refs}):,} images"
-        return text + (f" (all of {self.dataset}: {PUBLISHED[self.dataset][self.split]:,})" if self.dataset in PUBLISHED else "")
+        return text + (f" ({self.dataset} as published: {PUBLISHED[self.dataset][self.split]:,})" if self.dataset in PUBLISHED else "")
 
 
 def collate(items):
@@ -467,7 +470,7 @@ def report_check(root, dataset=None):
     counts = Counter(ref.split for ref in refs)
     for split in sorted(counts.keys() | PUBLISHED.get(dataset, {}).keys()):
         published = PUBLISHED.get(dataset, {}).get(split)
-        print(f"{dataset} {split}: {counts[split]:,} phrases" + (f", published {published:,}" if published else ""))
+        print(f"{dataset} {split}: {counts[split]:,} phrases" + (f" (as published: {published:,})" if published else ""))
     for defect in defects:
         print(f"{'DEFECT' if defect['fatal'] else 'note'}: {defect['split']}, ref_id {defect['ref_id']}: {defect['what']}")
     print("Stored masks against their 5 x 5 median. Where the IoU is at most 0.9, a prediction without the noise cannot count for Pr@0.9 "
@@ -904,7 +907,7 @@ def positive(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Check, download or draw a data set.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Check, download or draw a data set.")
     commands = parser.add_subparsers(dest="command", required=True)
     some = commands.add_parser("check", help="open every image and mask, list every defect, write check.json and a sheet of samples")
     some.add_argument("dir", type=Path)

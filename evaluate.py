@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import FORMATS, RefSegDataset, collate, image_tensor, leave_group, positive, read_image, run
-from rsrefseg import SIGLIP_HUB, SIZES, RSRefSeg, heat, logits_at, overlay, read_checkpoint, usable_device
+from rsrefseg import SIGLIP_HUB, SIZES, RSRefSeg, heat, is_checkpoint, logits_at, overlay, read_checkpoint, usable_device
 from siglip import tokenize
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -170,7 +170,7 @@ def bench(size, batch_size, device, amp, calls=3):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Score a checkpoint, or time a size of the model on this machine.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Score a checkpoint, or time a size of the model on this machine.")
     parser.add_argument("checkpoint", type=Path, nargs="?")
     parser.add_argument("--bench", nargs="?", choices=list(SIZES), const="b", help="time this size (default b) with random weights instead")
     parser.add_argument("--official", action="store_true", help="the checkpoint is one of the released code (.pth or .safetensors)")
@@ -194,6 +194,8 @@ def main():
     about = {} if args.official else read_checkpoint(args.checkpoint)[0]
     data = args.data or about.get("args", {}).get("data")
     form = args.dataset or (None if args.data else about.get("args", {}).get("dataset"))
+    if args.official and is_checkpoint(args.checkpoint):
+        raise ValueError(f"{args.checkpoint} is a checkpoint of train.py: leave out --official.")
     if data is None:
         raise ValueError(f"{args.checkpoint} does not say what it was trained on: give the data folder with --data.")
     dtype = AMP[args.amp] or torch.float32

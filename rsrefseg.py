@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import re
+import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ import sam as sam_file
 import siglip as siglip_file
 from data import IMAGES, image_tensor, lines, positive, read_image, run, to_rgb, toy_tokenizer, verify
 from sam import SAM
-from siglip import SigLIP, canonical, load_tokenizer, tokenize
+from siglip import SigLIP, canonical, load_tokenizer, tokenize, unknown_words
 
 
 @dataclass(frozen=True)
@@ -483,7 +484,7 @@ def read_checkpoint(path):
             about = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint ({error}). Copy it again or train anew.") from error
+        raise ValueError(f"{path} is not a whole checkpoint ({error}). Copy it again or train anew; train.py writes best.safetensors and last.safetensors.") from error
     settings = about.get("settings")
     choices = dict(ABLATIONS, sam=tuple(SIZES))
     numbers = dict(lora_rank=[int], down_blocks=[int], lora_alpha=[int, float], lora_dropout=[int, float])
@@ -504,6 +505,7 @@ def whole_file(path):
         yield partial
         with open(partial, "r+b") as file:
             os.fsync(file.fileno())
+        partial.chmod(0o644)                                            # safetensors writes for the owner alone
         os.replace(partial, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
@@ -566,8 +568,9 @@ def hill(n):
 def overlay(image, mask, colour=(255, 40, 40)):
     """PIL image RGB and (H, W) bool -> the image, the mask in its own light with an outline, the rest dimmed."""
     mask = Image.fromarray(np.asarray(mask)).convert("L")
-    painted = Image.composite(image, image.point(lambda value: int(0.55 * value)), mask)
-    painted.paste(colour, mask=ImageChops.subtract(mask.filter(ImageFilter.MaxFilter(5)), mask))
+    painted = Image.composite(image, image.point(lambda value: int(0.65 * value)), mask)
+    for width, line in ((7, (255, 255, 255)), (5, colour)):                         # white around it: a red ship is outlined too
+        painted.paste(line, mask=ImageChops.subtract(mask.filter(ImageFilter.MaxFilter(width)), mask))
     return painted
 
 
@@ -677,19 +680,21 @@ def images_in(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Segment what each phrase names; writes a mask and an overlay per phrase.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Segment what each phrase names; writes a mask and an overlay per phrase.")
     parser.add_argument("image", type=Path, help="an image of any size, or a folder of images")
     parser.add_argument("phrases", nargs="*", metavar="phrase")
     parser.add_argument("--phrases", dest="phrase_file", type=Path, help="a file with a phrase a line")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a file that train.py wrote")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder for the pictures")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for the pictures; unset the current one")
     parser.add_argument("--tile", type=positive, help="see windows of this many pixels a side at full resolution, not the scene as a whole")
     parser.add_argument("--json", action="store_true", help="print a line of JSON per phrase: box, area, score, files")
-    parser.add_argument("--explain", action="store_true", help="also write what the model computed on the way, as a picture")
+    parser.add_argument("--explain", action="store_true", help="also write what the model computed on the way, as a picture; not with --tile")
     parser.add_argument("--siglip", help="file, folder or hub name, if not where training had it")
     parser.add_argument("--sam-weights", help="likewise for SAM, or for the released checkpoint that training started from")
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.phrase_file and not args.phrase_file.is_file():
+        parser.error(f"--phrases {args.phrase_file}: no such file")
     phrases = args.phrases + ([text for _, text in lines(args.phrase_file)] if args.phrase_file else [])
     if not phrases:
         parser.error("say what to segment: a phrase, or --phrases FILE")
@@ -700,6 +705,8 @@ def main():
     if len(paths) == 1:
         read_image(paths[0])                                                        # before the weights: those take longer
     model = RSRefSeg.from_checkpoint(args.checkpoint, args.siglip, args.sam_weights).to(args.device)
+    if unknown := unknown_words(model.tokenizer, phrases):
+        print(f"the model does not know these words: {', '.join(unknown)}", file=sys.stderr)
     args.out.mkdir(parents=True, exist_ok=True)
     stems, failed = [path.stem for path in paths], []
     for path in paths:

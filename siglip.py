@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-EOS = 1           # id of </s>, which also pads
+EOS, UNKNOWN = 1, 2   # ids of </s>, which also pads, and of <unk>
 MAX_TOKENS = 64   # rows of the text tower's position table
 
 
@@ -213,6 +213,12 @@ def tokenize(tokenizer, phrases):
     length = max(map(len, rows))
     ids = torch.tensor([row + [EOS] * (length - len(row)) for row in rows])
     return ids, torch.arange(length) < torch.tensor([[len(row)] for row in rows])
+
+
+def unknown_words(tokenizer, phrases):
+    """The words of some phrases that the tokenizer cannot write, in the order in which they come. SigLIP's writes any, in bytes."""
+    words = dict.fromkeys(word for phrase in phrases for word in canonical(phrase).split())
+    return [word for word in words if UNKNOWN in tokenizer.encode(word).ids]
 
 
 # In the published file, not in this model: the pooling head, which boils the feature map down to one vector.

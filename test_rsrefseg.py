@@ -324,6 +324,7 @@ def test_tokenize_toy_and_truncation():
     assert tokenizer.decode(ids[1][mask[1]].tolist()) == "a red ship on the left </s>"
     assert tokenizer.get_vocab_size() <= siglip.SIZES["tiny"].vocab
     unknown = tokenizer.token_to_id("<unk>")
+    assert unknown == siglip.UNKNOWN and siglip.unknown_words(tokenizer, ["The crane!", "a ship, a crane near a pool"]) == ["crane", "near", "pool"]
     for index in range(40):
         phrases = [phrase for _, phrase in data.toy_scene(3, index)[1]]
         assert unknown not in siglip.tokenize(tokenizer, phrases)[0]
@@ -338,6 +339,7 @@ def test_golden_token_ids():
               "A vehicle on the lower right of the gray ship.": [262, 266, 1410, 277, 260, 1213, 441, 267, 260, 6911, 2665, 1], "": [1]}
     for phrase, row in golden.items():
         assert siglip.tokenize(tokenizer, [phrase])[0].tolist() == [row]
+    assert siglip.unknown_words(tokenizer, [*golden, "the ship \u6f22"]) == []             # what has no piece is written in bytes
     assert siglip.tokenize(tokenizer, ["a <pad> b/c"])[0].tolist() == siglip.tokenize(tokenizer, ["A pad bc!"])[0].tolist()
     ids, mask = siglip.tokenize(tokenizer, ["ship, " * 90, "a ship"])
     assert ids.shape == (2, 64) and ids[0, -1] == 1 and mask[0].all() and mask[1].sum() == len(tokenizer.encode("a ship").ids)
@@ -1022,7 +1024,7 @@ def test_other_data_sets(toy, tmp_path, dataset):
         for item, ref in zip(found, [ref for ref in rows if ref.split == split], strict=True):
             assert item["refs"][0].phrase == ref.phrase and (item["originals"][0] == data.read_mask(ref)).all()
             assert (item["image"].float() - data.image_tensor(data.read_image(ref.image), 96)).abs().max() == 0
-    assert f"all of {dataset.removesuffix('_lines')}" in str(found) or dataset == "own"
+    assert f"({dataset.removesuffix('_lines')} as published: " in str(found) or dataset == "own"
     text = run(HERE / "data.py", "check", tmp_path)
     if dataset == "own":
         shutil.copytree(tmp_path, tmp_path / "less")
@@ -1031,7 +1033,7 @@ def test_other_data_sets(toy, tmp_path, dataset):
         assert "error: " in (said := run(HERE / "data.py", "check", tmp_path / "less", fails=True)) and "training would fail, no phrases are in val" in said
         (tmp_path / "phrases.jsonl").write_text("".join(row.replace("The ", "crane ").replace("A ", "crane ") for row in lines))
         said = run(HERE / "train.py", "--sam", "tiny", "--data", tmp_path, "--out", tmp_path / "run", "--epochs", 1, "--phrases", 1, "--total-batch", 2, "--batch-size", 2)
-        assert "unknown to it are 1: crane" in said
+        assert "tiny does not know 1 of the words: crane" in said
     assert "train: 3 phrases" in text and Image.open(tmp_path / "check.jpg").size == (1240, 1002)
 
 
@@ -1108,13 +1110,13 @@ def test_download_verifies_unpacks_and_checks(toy, tmp_path, hub):
     files = {"JPEGImages.zip": zipped(images)} | {name: (toy / "rrsisd" / name).read_bytes() for name in ("instances.json", "refs(unc).p")}
     serve("VoyageWang/rrsis-d", files)
     code, text = fetch("rrsisd", tmp_path / "a", "home")
-    assert code == 0 and "rrsisd train: 96 phrases, published 12,181" in text, text
+    assert code == 0 and "rrsisd train: 96 phrases (as published: 12,181)" in text, text
     assert all((data.RefSegDataset(tmp_path / "a", "val", 96)[i]["image"] == data.RefSegDataset(toy, "val", 96)[i]["image"]).all() for i in range(32))
     write_format(tmp_path / "RefSegRS", "refsegrs", data.RefSegDataset(toy, "train", 96).refs[:3] + data.RefSegDataset(toy, "val", 96).refs[:2] + data.RefSegDataset(toy, "test", 96).refs[:2])
     content = {f"RefSegRS/{path.relative_to(tmp_path / 'RefSegRS')}": path.read_bytes() for path in (tmp_path / "RefSegRS").rglob("*") if path.is_file()}
     serve("JessicaYuan/RefSegRS", {"RefSegRS.zip": zipped(content)})
     code, text = fetch("refsegrs", tmp_path / "b", "home")
-    assert code == 0 and "refsegrs train: 3 phrases, published 2,172" in text, text
+    assert code == 0 and "refsegrs train: 3 phrases (as published: 2,172)" in text, text
     serve("JessicaYuan/RefSegRS", {"RefSegRS.zip": zipped(content | {"RefSegRS/../../escaped": b"x"})})
     code, text = fetch("refsegrs", tmp_path / "c", "home2")
     assert code == 1 and "error: the file name 'RefSegRS/../../escaped' leaves the data folder" in text and not (tmp_path / "escaped").exists() and not (tmp_path / "c").exists()

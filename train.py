@@ -21,7 +21,6 @@ import shlex
 import signal
 import sys
 import time
-from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,7 +38,7 @@ from data import FORMATS, RefSegDataset, collate, fatal_defects, leave_group, po
 from evaluate import AMP, default_amp, evaluate, line, picture_sheet, processes, scores
 from rsrefseg import ABLATIONS, SIGLIP_HUB, SIZES, RSRefSeg, is_checkpoint, usable_device, whole_file
 from sam import SIZES as SAM_SIZES
-from siglip import canonical, tokenize
+from siglip import tokenize, unknown_words
 
 # What `--sam tiny` does otherwise: no pretrained tower, so losses that teach them to agree, and a few epochs of a high rate.
 TINY = dict(epochs=5, batch_size=8, total_batch=8, phrases=4, lr=2e-3, warmup_epochs=0.25, clip=1.0, loss="bce+dice",
@@ -47,7 +46,7 @@ TINY = dict(epochs=5, batch_size=8, total_batch=8, phrases=4, lr=2e-3, warmup_ep
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Train RSRefSeg.", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = argparse.ArgumentParser(description="Train RSRefSeg.", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      epilog="Defaults are the paper's (b, l). --sam tiny has its own: " +
                                      " ".join(f"--{name.replace('_', '-')} {value}" for name, value in TINY.items()))
     add = parser.add_argument
@@ -437,9 +436,8 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------ model and optimiser
     torch.manual_seed(args.seed)
     model = initial_model(args)
-    words = Counter(word for ref in train_set.refs for word in canonical(ref.phrase).split()) if args.sam == "tiny" else {}
-    if unknown := [word for word in words if model.tokenizer.token_to_id(word) is None]:
-        print(f"tiny reads only the words of the toy's phrases; unknown to it are {len(unknown)}: {', '.join(unknown[:10])}{' ...' * (len(unknown) > 10)}")
+    if unknown := unknown_words(model.tokenizer, [ref.phrase for ref in train_set.refs]):
+        print(f"{args.sam} does not know {len(unknown)} of the words: {', '.join(unknown[:10])}{' ...' * (len(unknown) > 10)}")
     if args.checkpoint_activations:
         model.checkpoint_activations()
     if world > 1 and device.type == "cuda":
@@ -521,6 +519,7 @@ def main(argv=None):
         model.load_trained(args.out / "best.safetensors")
         result = scores(evaluate(model, test_set, args.batch_size, amp, args.workers))
         log(args, line("test ", result), kind="test", step=progress.step, **result)
+        print(f"by category, and pictures: python evaluate.py {args.out / 'best.safetensors'}")
     if world > 1:
         dist.destroy_process_group()
     if stopped:
