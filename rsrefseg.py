@@ -149,9 +149,10 @@ class RSRefSeg(nn.Module):
     text_lora, down_blocks, prompts and text are what its ablations change.
 
     With lora_rank > 0 the towers are frozen and adapted; prompter, mask-prompt convolutions and mask decoder train
-    whole. With lora_rank = 0 the towers train whole too. `lora_rank=None` takes the size's own. Parameters that cannot receive
-    a gradient (SAM's IoU head, point and no-mask embeddings, and what an ablation leaves out) are frozen; of the mask decoder's four masks only
-    the first is used, so the hyper-networks of the others train with a gradient of zero, as in the released code.
+    whole. With lora_rank = 0 the towers train whole too. `lora_rank=None` takes the size's own. Parameters that
+    cannot receive a gradient (SAM's IoU head, point and no-mask embeddings, and what an ablation leaves out) are
+    frozen; of the mask decoder's four masks only the first is used, so the hyper-networks of the others train with a
+    gradient of zero, as in the released code.
 
     `dtype` is the type of the towers' frozen Linear and convolution weights: the autocast type halves their memory and saves
     casting them at every call (the model then runs under autocast of that type only). What trains stays fp32. `init=False`
@@ -181,7 +182,10 @@ class RSRefSeg(nn.Module):
         prompt_encoder = self.sam.prompt_encoder
         unused = [self.sam.mask_decoder.iou_prediction_head, prompt_encoder.point_embed, prompt_encoder.not_a_point_embed,
                   prompt_encoder.mask_embed if prompts == "sparse" else prompt_encoder.no_mask_embed]
-        unused += [self.prompter] * (prompts == "dense") + [self.siglip.text_model.head] * (prompts == "sparse" and text == "local")
+        if prompts == "dense":
+            unused.append(self.prompter)
+        if prompts == "sparse" and text == "local":
+            unused.append(self.siglip.text_model.head)
         for module in unused:
             module.requires_grad_(False)
         encoder = self.sam.vision_encoder

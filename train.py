@@ -450,9 +450,9 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
 
     # ------------------------------------------------------------------------------------------------ resume
-    progress = Progress()
+    progress, run_recipe = Progress(), recipe(args, train_set.refs)
     if args.resume:
-        state = load_resume(args.out / "resume.pt", recipe(args, train_set.refs))
+        state = load_resume(args.out / "resume.pt", run_recipe)
         model.copy_trained(state["model"], state["settings"], args.out / "resume.pt")
         optimiser.load_state_dict(state["optimiser"])
         scaler.load_state_dict(state["scaler"])
@@ -466,7 +466,7 @@ def main(argv=None):
         if rank == 0:
             with whole_file(args.out / "resume.pt") as partial:
                 torch.save(dict(progress=vars(progress), model=lora.trained_state_dict(model), settings=model.settings,
-                                optimiser=optimiser.state_dict(), scaler=scaler.state_dict(), recipe=recipe(args, train_set.refs)), partial)
+                                optimiser=optimiser.state_dict(), scaler=scaler.state_dict(), recipe=run_recipe), partial)
 
     # ------------------------------------------------------------------------------------------------ loop
     stream, started, since = batches(train_set, args, progress.step, steps_per_epoch), time.time(), progress.step
