@@ -47,8 +47,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-CATEGORIES = ("Expressway-Service-area Expressway-toll-station airplane airport baseballfield basketballcourt bridge chimney "
-              "dam golffield groundtrackfield harbor overpass ship stadium storagetank tenniscourt trainstation vehicle windmill").split()
+CATEGORIES = ("Expressway-Service-area Expressway-toll-station airplane airport baseballfield basketballcourt bridge "
+              "chimney dam golffield groundtrackfield harbor overpass ship stadium storagetank tenniscourt trainstation "
+              "vehicle windmill").split()
 SPLITS = ("train", "val", "test")
 PUBLISHED = {"rrsisd": dict(train=12181, val=1740, test=3481), "refsegrs": dict(train=2172, val=431, test=1817),
              "risbench": dict(train=26300, val=10013, test=16159)}                                 # phrases
@@ -105,7 +106,8 @@ def read_image(path, convert=to_rgb):
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large to open safely ({error}). Cut it into tiles.") from error
     except Exception as error:                                      # each format has its own kinds
-        raise ValueError(f"{path} is not a readable image ({error}). Fetch it again, take it out, or convert it (TIFFs: gdal_translate -ot Byte).") from error
+        raise ValueError(f"{path} is not a readable image ({error}). Fetch it again, take it out, or convert it (TIFFs: "
+                         "gdal_translate -ot Byte).") from error
 
 
 def image_tensor(image, side):
@@ -127,7 +129,7 @@ def decode_rle(counts, height, width):
     Runs of 0s and 1s alternate down the columns. Each is a number in base 32, low digit first, one character a digit
     (48 + digit, + 32 while more follow); from the fourth on it is the difference to the run two before.
     """
-    if not (isinstance(height, (int, np.integer)) and isinstance(width, (int, np.integer)) and min(height, width) > 0 and height * width <= MAX_PIXELS):
+    if min(height, width) < 1 or height * width > MAX_PIXELS:
         raise ValueError(f"no mask has {height} x {width} pixels")
     runs, place = [], 0
     while place < len(counts):
@@ -200,13 +202,17 @@ def inside(folder, name):
     return folder / name
 
 
+def run_lengths(segmentation):
+    return *segmentation["size"], segmentation["counts"]
+
+
 def read_rrsisd(root):
     instances = json.loads((root / "rrsisd" / "instances.json").read_text())
     category = {row["id"]: row["name"] for row in instances["categories"]}
-    mask = {row["id"]: row["segmentation"][0] for row in instances["annotations"]}
+    mask = {row["id"]: run_lengths(row["segmentation"][0]) for row in instances["annotations"]}
     return [Ref(row["ref_id"], row["split"], inside(root / "images" / "rrsisd" / "JPEGImages", row["file_name"]),
-                row["sentences"][0]["sent"].strip(), category[row["category_id"]],
-                (*mask[row["ann_id"]]["size"], mask[row["ann_id"]]["counts"])) for row in read_pickle(root / "rrsisd" / "refs(unc).p")]
+                row["sentences"][0]["sent"].strip(), category[row["category_id"]], mask[row["ann_id"]])
+            for row in read_pickle(root / "rrsisd" / "refs(unc).p")]
 
 
 def lines(path):
@@ -221,7 +227,8 @@ def read_phrase_files(root, images, masks, suffix):
         for number, text in lines(root / f"output_phrase_{split}.txt"):
             name, _, phrase = text.partition(" ")
             name = name if Path(name).suffix else name + suffix
-            refs.append(Ref(f"{split}:{number}", split, inside(root / images, name), phrase.strip(), "-", inside(root / masks, name)))
+            image, mask = inside(root / images, name), inside(root / masks, name)
+            refs.append(Ref(f"{split}:{number}", split, image, phrase.strip(), "-", mask))
     return refs
 
 
@@ -232,8 +239,8 @@ def read_json_lines(path, images):
         try:
             row = json.loads(text)
             if "segmentation" in row:
-                refs.append(Ref(f"{path.stem}:{number}", row["split"], inside(images, row["file_name"]), row["sent"].strip(), "-",
-                                (*row["segmentation"]["size"], row["segmentation"]["counts"])))
+                refs.append(Ref(f"{path.stem}:{number}", row["split"], inside(images, row["file_name"]), row["sent"].strip(),
+                                "-", run_lengths(row["segmentation"])))
             else:
                 refs.append(Ref(f"{path.stem}:{number}", row["split"], inside(images, row["image"]), row["phrase"].strip(),
                                 row.get("category", "-"), inside(path.parent / "masks", row["mask"])))
@@ -244,8 +251,8 @@ def read_json_lines(path, images):
 
 
 def read_risbench(root):
-    lists = sorted(root.glob("*.jsonl"))
-    return [ref for path in lists for ref in read_json_lines(path, root / "img_rgb")] or read_phrase_files(root, "img_rgb", "mask", ".png")
+    refs = [ref for path in sorted(root.glob("*.jsonl")) for ref in read_json_lines(path, root / "img_rgb")]
+    return refs or read_phrase_files(root, "img_rgb", "mask", ".png")
 
 
 FORMATS = {   # name -> the file or folder that tells it, in this order; its reader
@@ -261,36 +268,46 @@ def read_refs(root, dataset=None):
     Raises FileNotFoundError or ValueError naming the file and the cure."""
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder, seen from {Path.cwd()}. Name the data's folder with --data; `python data.py download` "
-                                "fetches a data set, `train.py --sam tiny` draws its own.")
+        raise FileNotFoundError(f"{root}: no such folder, seen from {Path.cwd()}. Name the data's folder with --data; `python "
+                                "data.py download` fetches a data set, `train.py --sam tiny` draws its own.")
     dataset = dataset or next((name for name, (mark, _) in FORMATS.items() if (root / mark).exists()), None)
     if dataset is None:
-        raise FileNotFoundError(
-            f"{root} holds no data set: none of {', '.join(mark for mark, _ in FORMATS.values())} is there. `python data.py download rrsisd "
-            f"{root}` fetches one, one's own needs phrases.jsonl, images/ and masks/, `train.py --sam tiny` draws its own.")
+        marks = ", ".join(mark for mark, _ in FORMATS.values())
+        raise FileNotFoundError(f"{root} holds no data set: none of {marks} is there. `python data.py download rrsisd {root}` "
+                                "fetches one, one's own needs phrases.jsonl, images/ and masks/, `train.py --sam tiny` draws its "
+                                "own.")
     try:
         refs = FORMATS[dataset][1](root)
         for ref in refs:
-            if [type(x) for x in (ref.split, ref.phrase, ref.category)] != [str] * 3 or not isinstance(ref.ref_id, (int, str)) or not (
-                    isinstance(ref.mask, Path) or [type(x) for x in ref.mask] == [int, int, str]) or ref.split not in SPLITS:
-                raise ValueError(f"a row of {ref.image.name}, {reprlib.repr(ref.ref_id)}, of split {reprlib.repr(ref.split)}, holds what it should not; splits are {', '.join(SPLITS)}")
+            texts = all(type(value) is str for value in (ref.split, ref.phrase, ref.category)) and type(ref.ref_id) in (int, str)
+            if not texts or ref.split not in SPLITS or not (
+                    isinstance(ref.mask, Path) or [type(value) for value in ref.mask] == [int, int, str]):
+                raise ValueError(f"a row of {ref.image.name}, {reprlib.repr(ref.ref_id)}, of split {reprlib.repr(ref.split)}, "
+                                 f"holds what it should not; splits are {', '.join(SPLITS)}")
         return dataset, refs
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error.filename} is missing: the head of data.py lists what {dataset} consists of. Fetch it, or name the "
-                                "format with --dataset.") from error
+        raise FileNotFoundError(f"{error.filename} is missing: the head of data.py lists what {dataset} consists of. Fetch it, "
+                                "or name the format with --dataset.") from error
     except Exception as error:                                      # whatever a damaged list holds
-        raise ValueError(f"{root}: the lists of {dataset} are damaged or do not fit together: {error if type(error) is ValueError else repr(error)}. Repair "
-                         "them or fetch them again.") from error
+        what = error if type(error) is ValueError else repr(error)
+        raise ValueError(f"{root}: the lists of {dataset} are damaged or do not fit together: {what}. Repair them or fetch "
+                         "them again.") from error
+
+
+def above_zero(image):
+    """A stored mask, of any mode -> (H, W) bool."""
+    return np.asarray(image) > 0 if image.mode.startswith(("I", "F")) else np.asarray(image.convert("RGB")).any(-1)
 
 
 def read_mask(ref):
     """The stored mask (H, W) bool. Raises FileNotFoundError, or ValueError naming the row."""
     if isinstance(ref.mask, Path):
-        return read_image(ref.mask, lambda image: np.asarray(image) > 0 if image.mode.startswith(("I", "F")) else np.asarray(image.convert("RGB")).any(-1))
+        return read_image(ref.mask, above_zero)
     try:
         return decode_rle(ref.mask[2], *ref.mask[:2])
     except Exception as error:
-        raise ValueError(f"mask of ref_id {ref.ref_id} ({ref.image.name}): {error}. Fetch its list again or remove the row.") from error
+        raise ValueError(f"mask of ref_id {ref.ref_id} ({ref.image.name}): {error}. Fetch its list again or remove the "
+                         "row.") from error
 
 
 class RefSegDataset(Dataset):
@@ -315,12 +332,13 @@ class RefSegDataset(Dataset):
             raise ValueError(f"{self.root} has no phrases in its {split!r} split: training needs train, val and test.")
         for ref in self.refs:
             if not says_something(ref.phrase):
-                raise ValueError(f"{self.root}: ref_id {ref.ref_id} ({ref.image.name}) has an empty phrase. Write one or remove the row.")
+                raise ValueError(f"{self.root}: ref_id {ref.ref_id} ({ref.image.name}) has an empty phrase. Write one or remove "
+                                 "the row.")
         files = {path for ref in self.refs for path in (ref.image, ref.mask) if isinstance(path, Path)}
         missing = sorted(str(path) for path in files if not path.is_file())
         if missing:
-            raise FileNotFoundError(f"{len(missing)} files of the {split} split are missing: {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}. "
-                                    "Fetch them again.")
+            raise FileNotFoundError(f"{len(missing)} files of the {split} split are missing: {', '.join(missing[:5])}"
+                                    f"{' ...' * (len(missing) > 5)}. Fetch them again.")
         groups = {}
         for position, ref in enumerate(self.refs):
             groups.setdefault(ref.image if phrases > 1 else position, []).append(ref)
@@ -336,7 +354,7 @@ class RefSegDataset(Dataset):
             return self.cache[index]
         refs = self.items[index]
         image = read_image(refs[0].image)
-        originals = [resize_mask(read_mask(ref), image.height, image.width) for ref in refs]     # in RRSIS-D two images differ from their masks
+        originals = [resize_mask(read_mask(ref), image.height, image.width) for ref in refs]     # two of RRSIS-D's differ
         masks = [clean_mask(mask) for mask in originals] if self.clean else originals
         masks = np.stack([resize_mask(mask, self.side, self.side) for mask in masks])[:, None]
         item = dict(image=image_tensor(image, self.side), masks=torch.from_numpy(masks), originals=originals, refs=refs)
@@ -346,7 +364,8 @@ class RefSegDataset(Dataset):
 
     def __str__(self):
         text = f"{self.split}: {len(self.refs):,} phrases on {len({ref.image for ref in self.refs}):,} images"
-        return text + (f" ({self.dataset} as published: {PUBLISHED[self.dataset][self.split]:,})" if self.dataset in PUBLISHED else "")
+        published = PUBLISHED.get(self.dataset)
+        return text + (f" ({self.dataset} as published: {published[self.split]:,})" if published else "")
 
 
 def collate(items):
@@ -377,7 +396,8 @@ def look_at(refs):
             found.append((ref.ref_id, str(error), True))
             continue
         if image and mask.shape != (image.height, image.width):
-            found.append((ref.ref_id, f"{ref.image}: {image.width} x {image.height} pixels, its mask {mask.shape[1]} x {mask.shape[0]}", False))
+            height, width = mask.shape
+            found.append((ref.ref_id, f"{ref.image}: {image.width} x {image.height} pixels, its mask {width} x {height}", False))
         if not mask.any():
             found.append((ref.ref_id, f"{ref.image.name}: the mask is empty", False))
         speckle[ref.ref_id] = overlap(mask, clean_mask(mask))
@@ -403,7 +423,8 @@ def check(root, dataset=None):
     for group in twins.values():
         if len({ref.split for ref in group}) > 1:
             places = ", ".join(sorted({f"{ref.image.name} ({ref.split})" for ref in group}))
-            defects += [dict(ref_id=group[0].ref_id, split=group[0].split, what=f"the same image in several splits: {places}", fatal=False)]
+            defects.append(dict(ref_id=group[0].ref_id, split=group[0].split, fatal=False,
+                                what=f"the same image in several splits: {places}"))
     return dataset, refs, defects, speckle
 
 
@@ -433,9 +454,9 @@ def fatal_defects(root, dataset=None):
 
 
 def save_check(root, dataset, refs, defects, speckle):
-    partial = Path(root) / "check.json.partial"
-    partial.write_text(json.dumps(dict(dataset=dataset, fingerprint=fingerprint(dataset, refs), phrases=Counter(ref.split for ref in refs),
-                                       defects=defects, speckle=speckle), indent=1))
+    partial, counts = Path(root) / "check.json.partial", Counter(ref.split for ref in refs)
+    report = dict(dataset=dataset, fingerprint=fingerprint(dataset, refs), phrases=counts, defects=defects, speckle=speckle)
+    partial.write_text(json.dumps(report, indent=1))
     partial.replace(Path(root) / "check.json")
 
 
@@ -445,8 +466,9 @@ def speckle_table(refs, speckle):
     for category in ["all", *sorted({ref.category for ref in refs})]:
         values = np.array([speckle[ref.ref_id] for ref in refs if ref.ref_id in speckle and category in ("all", ref.category)])
         if len(values):
-            lines.append(f"| {category} | {len(values):,} | " + " | ".join(f"{q:.3f}" for q in np.quantile(values, (0.05, 0.25, 0.5))) +
-                         f" | {(values <= 0.9).mean():.1%} |")
+            low, quarter, median = np.quantile(values, (0.05, 0.25, 0.5))
+            lines.append(f"| {category} | {len(values):,} | {low:.3f} | {quarter:.3f} | {median:.3f} | "
+                         f"{(values <= 0.9).mean():.1%} |")
     return "\n".join(lines)
 
 
@@ -455,8 +477,8 @@ def sample_sheet(refs, columns=4, rows=3, side=300):
     sheet = Image.new("RGB", (columns * (side + 10), rows * (side + 34)), "white")
     draw = ImageDraw.Draw(sheet)
     for place, ref in enumerate(random.Random(0).sample(refs, min(columns * rows, len(refs)))):
-        image, mask = read_image(ref.image), read_mask(ref)
-        edge = Image.fromarray(resize_mask(mask, side, side)).convert("L").filter(ImageFilter.FIND_EDGES).filter(ImageFilter.MaxFilter(3))
+        image, mask = read_image(ref.image), Image.fromarray(resize_mask(read_mask(ref), side, side)).convert("L")
+        edge = mask.filter(ImageFilter.FIND_EDGES).filter(ImageFilter.MaxFilter(3))
         image = Image.composite(Image.new("RGB", (side, side), (255, 40, 40)), image.resize((side, side)), edge)
         x, y = place % columns * (side + 10), place // columns * (side + 34)
         sheet.paste(image, (x, y))
@@ -473,15 +495,16 @@ def report_check(root, dataset=None):
         print(f"{dataset} {split}: {counts[split]:,} phrases" + (f" (as published: {published:,})" if published else ""))
     for defect in defects:
         print(f"{'DEFECT' if defect['fatal'] else 'note'}: {defect['split']}, ref_id {defect['ref_id']}: {defect['what']}")
-    print("Stored masks against their 5 x 5 median. Where the IoU is at most 0.9, a prediction without the noise cannot count for Pr@0.9 "
-          "(things of a few pixels, which the median rounds off, are among them):")
+    print("Stored masks against their 5 x 5 median. Where the IoU is at most 0.9, a prediction without the noise cannot count "
+          "for Pr@0.9 (things of a few pixels, which the median rounds off, are among them):")
     print(speckle_table(refs, speckle))
     save_check(root, dataset, refs, defects, speckle)
     bad = {defect["ref_id"] for defect in defects if defect["fatal"]}
     sample_sheet([ref for ref in refs if ref.ref_id not in bad]).save(Path(root) / "check.jpg", quality=90)
     print(f"wrote {root}/check.json and {root}/check.jpg")
     if bad:
-        raise ValueError(f"{root}: training would fail of {len(bad)} rows, listed above. Repair them, fetch them again, or train with --skip-bad.")
+        raise ValueError(f"{root}: training would fail of {len(bad)} rows, listed above. Repair them, fetch them again, or train "
+                         "with --skip-bad.")
     if absent := [split for split in SPLITS if not counts[split]]:
         raise ValueError(f"{root}: training would fail, no phrases are in {' and '.join(absent)}.")
 
@@ -498,9 +521,11 @@ def download(dataset, root):
     try:
         info = HfApi().dataset_info(repository, files_metadata=True)
         files = {PurePosixPath(file.rfilename).name: file for file in info.siblings}
-        paths = {name: Path(hf_hub_download(repository, files[name].rfilename, repo_type="dataset", revision=info.sha)) for name in wanted}
+        paths = {name: Path(hf_hub_download(repository, files[name].rfilename, repo_type="dataset", revision=info.sha))
+                 for name in wanted}
     except Exception as error:                                      # each version of the client has its own kinds
-        raise OSError(f"cannot fetch {', '.join(wanted)} of {repository}: {str(error).splitlines()[0] if str(error) else repr(error)}. Try again.") from error
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise OSError(f"cannot fetch {', '.join(wanted)} of {repository}: {reason}. Try again.") from error
     for name, path in paths.items():
         if files[name].lfs:
             verify(path, files[name].lfs.sha256, f"{name} of {repository}")
@@ -520,8 +545,8 @@ def verify(path, expected, name):
     if (got := digest.hexdigest()) != expected:
         path.resolve().unlink()                                     # the cache holds a link to it
         path.unlink(missing_ok=True)
-        raise ValueError(f"{name} has sha256 {got}, not {expected}: the download is damaged or not the published file, and was deleted. "
-                         "Try again, or another HF_ENDPOINT.")
+        raise ValueError(f"{name} has sha256 {got}, not {expected}: the download is damaged or not the published file, and was "
+                         "deleted. Try again, or another HF_ENDPOINT.")
 
 
 def unpack(path, root, dataset):
@@ -535,7 +560,8 @@ def unpack(path, root, dataset):
             root.mkdir(parents=True, exist_ok=True)
             if (size := sum(member.file_size for member in members)) > shutil.disk_usage(root).free:
                 raise OSError(f"{path.name} unpacks to {size / 2**30:.1f} GiB, more than {root} has room for.")
-            top = next((PurePosixPath(member.filename).parent for member in members if member.filename.endswith("output_phrase_train.txt")), "")
+            top = next((PurePosixPath(member.filename).parent for member in members
+                        if member.filename.endswith("output_phrase_train.txt")), "")
             for member in tqdm(members, f"unpacking {path.name}", unit="file"):
                 name = PurePosixPath(member.filename)
                 if dataset == "rrsisd":
@@ -572,8 +598,8 @@ def draw_tank(draw, p, colour):
     draw.ellipse((0.05 * p, 0.05 * p, 0.95 * p, 0.95 * p), fill=shade(colour, 0.72))
     draw.ellipse((0.11 * p, 0.11 * p, 0.89 * p, 0.89 * p), fill=colour)
     for i in range(6):                                   # the roof's ribs
-        a = i * math.pi / 3
-        draw.line((p / 2, p / 2, p * (0.5 + 0.38 * math.cos(a)), p * (0.5 + 0.38 * math.sin(a))), fill=shade(colour, 0.84), width=4)
+        dx, dy = 0.38 * math.cos(i * math.pi / 3), 0.38 * math.sin(i * math.pi / 3)
+        draw.line((p / 2, p / 2, p * (0.5 + dx), p * (0.5 + dy)), fill=shade(colour, 0.84), width=4)
     draw.ellipse((0.42 * p, 0.42 * p, 0.58 * p, 0.58 * p), fill=shade(colour, 0.78))
 
 
@@ -598,9 +624,10 @@ def draw_ship(draw, p, colour):
 
 
 def draw_baseball(draw, p, colour):
-    draw.pieslice((-0.92 * p, 0.04 * p, 0.96 * p, 1.92 * p), 270, 360, fill=colour)              # a quarter disc, home at the corner
+    draw.pieslice((-0.92 * p, 0.04 * p, 0.96 * p, 1.92 * p), 270, 360, fill=colour)              # a quarter disc
     draw.polygon([(x * p, y * p) for x, y in ((0.09, 0.91), (0.09, 0.5), (0.5, 0.5), (0.5, 0.91))], fill=(104, 140, 72))
-    draw.line([(x * p, y * p) for x, y in ((0.05, 0.06), (0.05, 0.95), (0.94, 0.95))], fill=(240, 240, 240), width=max(2, p // 40))
+    foul_lines = [(x * p, y * p) for x, y in ((0.05, 0.06), (0.05, 0.95), (0.94, 0.95))]
+    draw.line(foul_lines, fill=(240, 240, 240), width=max(2, p // 40))
     draw.ellipse((0.25 * p, 0.65 * p, 0.35 * p, 0.75 * p), fill=colour)                          # the mound
     for x, y in ((0.09, 0.91), (0.09, 0.5), (0.5, 0.5), (0.5, 0.91)):
         draw.rectangle((x * p - p / 40, y * p - p / 40, x * p + p / 40, y * p + p / 40), fill=(245, 245, 245))
@@ -705,9 +732,10 @@ def paint_ground(rng, shore, road):
     for x, y in rng.uniform(0, SCENE, (rng.integers(6, 30), 2)):                                 # trees in small groups
         for dx, dy in rng.normal(0, 6, (rng.integers(1, 6), 2)):
             r, tone = rng.uniform(2, 5), rng.uniform(0.7, 1.1)
-            draw.ellipse((x + dx - r + 2, y + dy - r + 2, x + dx + r + 2, y + dy + r + 2), fill=(50, 58, 42))
-            draw.ellipse((x + dx - r, y + dy - r, x + dx + r, y + dy + r), fill=shade((58, 92, 46), tone))
-            draw.ellipse((x + dx - 0.6 * r, y + dy - 0.7 * r, x + dx + 0.3 * r, y + dy + 0.2 * r), fill=shade((76, 112, 58), tone))
+            cx, cy = x + dx, y + dy
+            draw.ellipse((cx - r + 2, cy - r + 2, cx + r + 2, cy + r + 2), fill=(50, 58, 42))
+            draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=shade((58, 92, 46), tone))
+            draw.ellipse((cx - 0.6 * r, cy - 0.7 * r, cx + 0.3 * r, cy + 0.2 * r), fill=shade((76, 112, 58), tone))
     scene = np.array(picture, np.float32)
     if road:
         across, along = np.abs(v * road[0] - u * road[1] - road[2]), u * road[0] + v * road[1]
@@ -730,7 +758,7 @@ def paint_thing(rng, scene, thing):
     patch = np.asarray(patch.rotate(thing.angle, Image.NEAREST, expand=True).reduce(4), np.float32)
     h, w, _ = patch.shape
     top, left = round(thing.y * SCENE - h / 2), round(thing.x * SCENE - w / 2)
-    drop = 2 if thing.category in ("tenniscourt", "baseballfield") else 4                        # flat things cast next to no shadow
+    drop = 2 if thing.category in ("tenniscourt", "baseballfield") else 4                        # flat: next to no shadow
     rows, columns = slice(max(0, top), min(SCENE, top + h)), slice(max(0, left), min(SCENE, left + w))
     patch = patch[rows.start - top:rows.stop - top, columns.start - left:columns.stop - left]
     colours, alpha = patch[..., :3], patch[..., 3] / 255
@@ -754,9 +782,7 @@ PLACES = {
     "on the lower left": (lambda x, y: max(x, 1 - y) < 0.4, lambda x, y: max(x, 1 - y) > 0.52),
     "on the lower right": (lambda x, y: min(x, y) > 0.6, lambda x, y: min(x, y) < 0.48),
 }
-DIRECTIONS = ("right", "lower right", "bottom", "lower left", "left", "upper left", "top", "upper right")    # clockwise by 45 degrees
-
-
+DIRECTIONS = "right", "lower right", "bottom", "lower left", "left", "upper left", "top", "upper right"      # by 45 degrees
 KINDS = {"attribute": 0.38, "place": 0.34, "relation": 0.28}          # how often each kind of phrase is written, where it can be
 
 
@@ -788,7 +814,8 @@ def phrases_for(things, thing):
                 found["place"].append(f"{name} {place}")
         for anchor, anchor_name, doubles in anchors:
             for direction in DIRECTIONS:
-                if not doubles and bearing(thing, anchor, direction) < 20 and all(bearing(o, anchor, direction) > 50 for o in rivals):
+                there = bearing(thing, anchor, direction) < 20
+                if there and not doubles and all(bearing(other, anchor, direction) > 50 for other in rivals):
                     found["relation"].append(f"{name} on the {direction} of the {anchor_name}")
     return {kind: phrases for kind, phrases in found.items() if phrases}
 
@@ -857,7 +884,7 @@ def write_toy(root, train=3000, val=100, test=320, seed=0):
     (annotations / "instances.json").write_text(json.dumps(dict(
         images=images, annotations=[row for _, some in rows for row in some],
         categories=[dict(id=i, name=name) for i, name in enumerate(CATEGORIES)])))
-    partial = annotations / "refs.partial"                          # last, and whole or not at all: a folder that has it is complete
+    partial = annotations / "refs.partial"                          # last: a folder that has it is complete
     partial.write_bytes(pickle.dumps([ref for some, _ in rows for ref in some]))
     partial.replace(annotations / "refs(unc).p")
 
@@ -894,7 +921,7 @@ def run(main):
         main()
     except (OSError, ValueError, BrokenProcessPool) as error:
         text = str(error)
-        if "DataLoader worker" in text:                             # a worker's error arrives as its whole traceback: keep the message
+        if "DataLoader worker" in text:                             # its error arrives as its whole traceback: keep the message
             text = text.strip().splitlines()[-1].partition("Error: ")[2]
         sys.exit(f"error: {text}")
 
@@ -909,7 +936,7 @@ def positive(text):
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Check, download or draw a data set.")
     commands = parser.add_subparsers(dest="command", required=True)
-    some = commands.add_parser("check", help="open every image and mask, list every defect, write check.json and a sheet of samples")
+    some = commands.add_parser("check", help="open every image and mask, list every defect, write check.json and check.jpg")
     some.add_argument("dir", type=Path)
     some.add_argument("--dataset", choices=list(FORMATS), help="if the folder does not tell")
     some = commands.add_parser("download", help="fetch from the Hugging Face hub, verify, unpack, check")

@@ -133,7 +133,8 @@ def picture_sheet(model, dataset, rows, chosen, side=224):
         ids, mask = model.read_phrases([row["phrase"]])
         logits = model(image_tensor(image, model.image_size)[None].to(device) / 255, ids, mask, taps)
         found = (logits_at(logits, model.image_size, image.height, image.width)[0] > 0).cpu().numpy()
-        maps = [heat(image, values.float().cpu().numpy(), side) for values in (taps["word_map"][0].mean(0), taps["sentence_map"][0].sigmoid())]
+        maps = taps["word_map"][0].mean(0), taps["sentence_map"][0].sigmoid()
+        maps = [heat(image, values.float().cpu().numpy(), side) for values in maps]
         masks = [overlay(image, dataset[index]["originals"][0], (40, 255, 40)), overlay(image, found)]
         for i, picture in enumerate((image, *maps, *masks)):
             sheet.paste(picture.resize((side, side)), (i * (side + 6), top))
@@ -165,25 +166,27 @@ def bench(size, batch_size, device, amp, calls=3):
         peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
     else:
         peak = "not measured here"
-    return (f"{size}, batch {batch_size}, {'fp32' if amp is None else str(amp).removeprefix('torch.')}, {device}: {batch_size / seconds:.2f} images/s, "
-            f"{seconds:.4f} s a call, peak memory {peak}, torch {torch.__version__}")
+    kind = "fp32" if amp is None else str(amp).removeprefix("torch.")
+    return (f"{size}, batch {batch_size}, {kind}, {device}: {batch_size / seconds:.2f} images/s, {seconds:.4f} s a call, "
+            f"peak memory {peak}, torch {torch.__version__}")
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="Score a checkpoint, or time a size of the model on this machine.")
-    parser.add_argument("checkpoint", type=Path, nargs="?")
-    parser.add_argument("--bench", nargs="?", choices=list(SIZES), const="b", help="time this size (default b) with random weights instead")
-    parser.add_argument("--official", action="store_true", help="the checkpoint is one of the released code (.pth or .safetensors)")
-    parser.add_argument("--data", type=Path, help="data folder, if not the one it was trained on")
-    parser.add_argument("--dataset", choices=list(FORMATS), help="its format, if the folder does not tell")
-    parser.add_argument("--split", default="test", choices=["train", "val", "test"])
-    parser.add_argument("--shuffle-phrases", action="store_true", help="give each image another sample's phrase: the control")
-    parser.add_argument("--batch-size", type=positive, help="default 16, with --bench 1")
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--amp", choices=list(AMP), help="autocast type (default: bf16 on CUDA, off elsewhere)")
-    parser.add_argument("--siglip", help="file, folder or hub name, if not where training had it")
-    parser.add_argument("--sam-weights", help="likewise for SAM")
-    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Score a checkpoint, or time a size on this machine.")
+    add = parser.add_argument
+    add("checkpoint", type=Path, nargs="?")
+    add("--bench", nargs="?", choices=list(SIZES), const="b", help="time this size (default b) with random weights instead")
+    add("--official", action="store_true", help="the checkpoint is one of the released code (.pth or .safetensors)")
+    add("--data", type=Path, help="data folder, if not the one it was trained on")
+    add("--dataset", choices=list(FORMATS), help="its format, if the folder does not tell")
+    add("--split", default="test", choices=["train", "val", "test"])
+    add("--shuffle-phrases", action="store_true", help="give each image another sample's phrase: the control")
+    add("--batch-size", type=positive, help="default 16, with --bench 1")
+    add("--workers", type=int, default=0)
+    add("--amp", choices=list(AMP), help="autocast type (default: bf16 on CUDA, off elsewhere)")
+    add("--siglip", help="file, folder or hub name, if not where training had it")
+    add("--sam-weights", help="likewise for SAM")
+    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.amp = args.amp or default_amp(args.device)
     if args.bench:

@@ -127,7 +127,8 @@ class AttnPrompter(nn.Module):
         mean_map = (word_map * words).sum(1, keepdim=True) / words.sum(1, keepdim=True)          # differs: padding left out
         local = (v + v * mean_map) / 2                                                           # eq. 3, local semantics
         globally = v * sentence_map.sigmoid()[:, None]                                           # eq. 3, global semantics
-        attended = torch.cat({"both": [local, globally, v], "local": [local, v], "global": [globally, v]}[self.text], 1)   # (N, 3D, g, g)
+        parts = {"both": [local, globally, v], "local": [local, v], "global": [globally, v]}[self.text]
+        attended = torch.cat(parts, 1)                                                           # (N, 3D, g, g)
         x = self.channel(attended) + position_code                                               # (N, C, g, g)
         x = self.project(self.spatial(x))                                                        # eq. 4: (N, C, sqrt M, sqrt M)
         return x.flatten(2).transpose(1, 2), word_map, sentence_map
@@ -218,7 +219,8 @@ class RSRefSeg(nn.Module):
             side = 4 * f_sam.shape[-1]
             prior = F.interpolate(sentence_map[:, None], size=(side, side), mode="bilinear", align_corners=False)
             sparse = None if self.settings["prompts"] == "dense" else sparse
-            _, dense = self.sam.prompt_encoder(code, masks=None if self.settings["prompts"] == "sparse" else prior)   # (N, C, e, e)
+            prior = None if self.settings["prompts"] == "sparse" else prior
+            _, dense = self.sam.prompt_encoder(code, masks=prior)                               # (N, C, e, e)
             logits, _ = self.sam.decode(f_sam, sparse, dense, multimask=False)                  # (N, 1, 4e, 4e)
         if taps is not None:
             taps.update(f_sam=f_sam, v=v, t=t, s=s, word_map=word_map, sentence_map=sentence_map, sparse=sparse, dense=dense)
@@ -286,7 +288,7 @@ class RSRefSeg(nn.Module):
                     weight[:, x:x + w] += hat
                     bar.update()
                 done = following - y                                                    # no later window reaches these rows
-                for i in range(len(phrases)):                                           # one at a time: a large scene's logits are large
+                for i in range(len(phrases)):                                           # one at a time: their logits are large
                     logits = F.pad(above[i], (0, 0, 0, h - len(above[i])))
                     for x, answer in zip(xs, answers):
                         logits[:, x:x + w] += hat * logits_at(answer[i:i + 1], self.image_size, h, w)[0].cpu()
@@ -324,7 +326,8 @@ class RSRefSeg(nn.Module):
         self.refuse_merged()
         if self.settings["lora_rank"]:
             if not self.backbones:
-                raise ValueError("the frozen towers hold random weights, which a checkpoint leaves out: call load_backbones first.")
+                raise ValueError("the frozen towers hold random weights, which a checkpoint leaves out: call load_backbones "
+                                 "first.")
             about["backbones"] = self.backbones                         # the frozen towers stay where they are
         else:
             about["tokenizer"] = self.tokenizer.to_str()                # the file holds all there is, so this too
@@ -346,9 +349,10 @@ class RSRefSeg(nn.Module):
         wanted = lora.trained_state_dict(self)
         wrong = sorted(key for key in tensors.keys() | wanted.keys()
                        if key not in tensors or key not in wanted or tensors[key].shape != wanted[key].shape)
-        if wrong or any(settings[name] != self.settings[name] for name in ABLATIONS):        # words or sentence only: shapes are alike
-            raise ValueError(f"{path} was trained as {settings}, this model is {self.settings}: {len(wrong)} tensors "
-                             f"do not fit{', first ' + wrong[0] if wrong else ''}. Build the model with the checkpoint's settings (--sam {settings['sam']}).")
+        if wrong or any(settings[name] != self.settings[name] for name in ABLATIONS):        # of some ablations shapes are alike
+            raise ValueError(f"{path} was trained as {settings}, this model is {self.settings}: {len(wrong)} tensors do not fit"
+                             f"{', first ' + wrong[0] if wrong else ''}. Build the model with the checkpoint's settings (--sam "
+                             f"{settings['sam']}).")
         for key, tensor in wanted.items():
             tensor.copy_(tensors[key])
 
@@ -391,12 +395,14 @@ class RSRefSeg(nn.Module):
         names, r, extra = pooling_names(), self.settings["lora_rank"], self.official_extra
         if not extra:
             if not self.backbones:
-                raise ValueError("the released layout holds SigLIP's pooling head, which this model has not: call load_backbones first.")
+                raise ValueError("the released layout holds SigLIP's pooling head, which this model has not: call load_backbones "
+                                 "first.")
             with safe_open(fetch(self.backbones["siglip"], "model.safetensors"), "pt") as file:
                 extra = {theirs: file.get_tensor(key) for theirs, key in names.items() if key}
             extra |= {theirs: torch.zeros((r, self.siglip.size.width) if "lora_A" in theirs else (self.siglip.size.width, r))
                       for theirs, key in names.items() if not key}
-        state = {official_name(key, self.settings["down_blocks"]): tensor.contiguous() for key, tensor in self.state_dict().items()}
+        down_blocks = self.settings["down_blocks"]
+        state = {official_name(key, down_blocks): tensor.contiguous() for key, tensor in self.state_dict().items()}
         state |= extra | {POSITION_ALIAS: self.sam.shared_image_embedding.positional_embedding.clone()}
         save_file(state, path) if Path(path).suffix == ".safetensors" else torch.save(state, path)
 
@@ -482,21 +488,22 @@ def read_official(path):
 def read_checkpoint(path):
     """-> metadata dict, tensors dict. Raises FileNotFoundError, or ValueError naming what is wrong with the file."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint. train.py writes last.safetensors and best.safetensors into its --out.")
+        raise FileNotFoundError(f"{path}: no such checkpoint. train.py writes last.safetensors and best.safetensors into --out.")
     try:
         with safe_open(path, "pt") as file:
             about = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint ({error}). Copy it again or train anew; train.py writes best.safetensors and last.safetensors.") from error
+        raise ValueError(f"{path} is not a whole checkpoint ({error}). Copy it again or train anew; train.py writes "
+                         "best.safetensors and last.safetensors.") from error
     settings = about.get("settings")
     choices = dict(ABLATIONS, sam=tuple(SIZES))
     numbers = dict(lora_rank=[int], down_blocks=[int], lora_alpha=[int, float], lora_dropout=[int, float])
     if not isinstance(settings, dict) or settings.keys() != choices.keys() | numbers.keys() or not all(
             [type(settings[name]) is type(values[0]) and settings[name] in values for name, values in choices.items()] +
             [type(settings[name]) in types and 0 <= settings[name] <= 1024 for name, types in numbers.items()]):
-        raise ValueError(f"{path} is a safetensors file but no checkpoint of this train.py: its settings are {settings}, not values for "
-                         f"{', '.join([*choices, *numbers])}.")
+        raise ValueError(f"{path} is a safetensors file but no checkpoint of this train.py: its settings are {settings}, not "
+                         f"values for {', '.join([*choices, *numbers])}.")
     return about, tensors
 
 
@@ -513,7 +520,8 @@ def whole_file(path):
         os.replace(partial, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({(str(error) or repr(error)).splitlines()[0]}). Is the disk full? What {path} held before is whole.") from error
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise OSError(f"cannot write {path} ({reason}). Is the disk full? What {path} held before is whole.") from error
 
 
 def is_checkpoint(path):
@@ -588,14 +596,15 @@ def heat(image, values, side):
 
 def attention_weights(attention, q, k):
     """What a CrossAttention of the mask decoder looks at: (B, heads, queries, keys), each row adding up to 1."""
-    q, k = (proj(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for proj, x in ((attention.q_proj, q), (attention.k_proj, k)))
+    q, k = (proj(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            for proj, x in ((attention.q_proj, q), (attention.k_proj, k)))
     return (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)
 
 
 @torch.inference_mode()
 def explain(model, image, phrase, side=256):
-    """What the model computes for one phrase, as a PIL image: each word's map, their mean, the sentence map (each from its least to its
-    most), where the mask decoder's mask token looks at last, and the mask."""
+    """What the model computes for one phrase, as a PIL image: each word's map, their mean, the sentence map (each from its
+    least to its most), where the mask decoder's mask token looks at last, and the mask."""
     image = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
     ids, mask = model.read_phrases([phrase])
     taps, look, was_training = {}, {}, model.training
@@ -613,7 +622,8 @@ def explain(model, image, phrase, side=256):
     maps += [("mean of the word maps", taps["word_map"][0].mean(0)), ("sentence map", taps["sentence_map"][0].sigmoid()),
              ("mask token looks at", look["map"].unflatten(0, (e, e)))]
     panels = [(phrase, image.resize((side, side)))]
-    panels += [(f"{name}, {values.min():.2g} to {values.max():.2g}", heat(image, values.cpu().numpy(), side)) for name, values in maps]
+    panels += [(f"{name}, {values.min():.2g} to {values.max():.2g}", heat(image, values.cpu().numpy(), side))
+               for name, values in maps]
     panels.append(("mask", overlay(image, found).resize((side, side))))
     columns, font = 4, ImageFont.load_default(13)
     sheet = Image.new("RGB", (columns * (side + 8), -(-len(panels) // columns) * (side + 26)), "white")
@@ -655,47 +665,53 @@ def short(text):
 
 
 def segment_file(model, path, name, phrases, args):
-    """Masks and overlays of one image file -> a record per phrase: image, phrase, area in pixels, box x1 y1 x2 y2, score, files."""
+    """Write masks and overlays of one image file -> a record per phrase: image, phrase, area in pixels, its share of the
+    image, box x1 y1 x2 y2, score, files."""
     image, tags, scores, records = read_image(path), geo_tags(path), [], []
     for i, (phrase, mask) in enumerate(zip(phrases, model.segment(image, phrases, args.tile, scores).numpy()), 1):
         stem = args.out / f"{short(name)}_{i}_{short(canonical(phrase))}"
+        files = dict(mask=f"{stem}_mask.{'tif' if tags else 'png'}", overlay=f"{stem}_overlay.png")
         if tags:                                                                    # grey: QGIS shows 0 and 255
-            Image.fromarray(mask).convert("L").save(f"{stem}_mask.tif", tiffinfo=tags, compression="tiff_deflate")
+            Image.fromarray(mask).convert("L").save(files["mask"], tiffinfo=tags, compression="tiff_deflate")
         else:
-            Image.fromarray(mask).save(f"{stem}_mask.png")
-        overlay(image, mask).save(f"{stem}_overlay.png")
+            Image.fromarray(mask).save(files["mask"])
+        overlay(image, mask).save(files["overlay"])
+        if args.explain:
+            files["explained"] = f"{stem}_explained.png"
+            explain(model, image, phrase).save(files["explained"])
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         box = [int(v) for v in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)] if len(rows) else None
-        records.append(dict(image=str(path), phrase=phrase, area=int(mask.sum()), share=float(mask.mean()), box=box, score=scores[i - 1],
-                            mask=f"{stem}_mask.{'tif' if tags else 'png'}", overlay=f"{stem}_overlay.png"))
-        if args.explain:
-            records[-1]["explained"] = f"{stem}_explained.png"
-            explain(model, image, phrase).save(f"{stem}_explained.png")
+        records.append(dict(image=str(path), phrase=phrase, area=int(mask.sum()), share=float(mask.mean()), box=box,
+                            score=scores[i - 1], **files))
     return records
 
 
 def images_in(folder):
     """The images of a folder, without what this program wrote there. Raises ValueError if there are none."""
     ours = ("_mask.png", "_mask.tif", "_overlay.png", "_explained.png", "check.jpg")
-    paths = sorted(path for path in folder.iterdir() if Image.registered_extensions().get(path.suffix.lower()) in IMAGES and not path.name.endswith(ours))
+    formats = Image.registered_extensions()
+    paths = sorted(path for path in folder.iterdir()
+                   if formats.get(path.suffix.lower()) in IMAGES and not path.name.endswith(ours))
     if not paths:
         raise ValueError(f"{folder} holds no images.")
     return paths
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="Segment what each phrase names; writes a mask and an overlay per phrase.")
-    parser.add_argument("image", type=Path, help="an image of any size, or a folder of images")
-    parser.add_argument("phrases", nargs="*", metavar="phrase")
-    parser.add_argument("--phrases", dest="phrase_file", type=Path, help="a file with a phrase a line")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a file that train.py wrote")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder for the pictures; unset the current one")
-    parser.add_argument("--tile", type=positive, help="see windows of this many pixels a side at full resolution, not the scene as a whole")
-    parser.add_argument("--json", action="store_true", help="print a line of JSON per phrase: box, area, score, files")
-    parser.add_argument("--explain", action="store_true", help="also write what the model computed on the way, as a picture; not with --tile")
-    parser.add_argument("--siglip", help="file, folder or hub name, if not where training had it")
-    parser.add_argument("--sam-weights", help="likewise for SAM, or for the released checkpoint that training started from")
-    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Segment what each phrase names; writes a mask and an "
+                                     "overlay per phrase.")
+    add = parser.add_argument
+    add("image", type=Path, help="an image of any size, or a folder of images")
+    add("phrases", nargs="*", metavar="phrase")
+    add("--phrases", dest="phrase_file", type=Path, help="a file with a phrase a line")
+    add("--checkpoint", type=Path, required=True, help="a file that train.py wrote")
+    add("--out", type=Path, default=Path("."), help="folder for the pictures; unset the current one")
+    add("--tile", type=positive, help="see windows of this many pixels a side at full resolution, not the scene as a whole")
+    add("--json", action="store_true", help="print a line of JSON per phrase: box, area, score, files")
+    add("--explain", action="store_true", help="also draw what the model computed on the way; not with --tile")
+    add("--siglip", help="file, folder or hub name, if not where training had it")
+    add("--sam-weights", help="likewise for SAM, or for the released checkpoint that training started from")
+    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.phrase_file and not args.phrase_file.is_file():
         parser.error(f"--phrases {args.phrase_file}: no such file")

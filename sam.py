@@ -399,13 +399,15 @@ UNUSED = {"prompt_encoder.shared_embedding.positional_embedding"}
 META_NAMES = (
     (r"^image_encoder\.", "vision_encoder."), (r"\.blocks\.", ".layers."), (r"patch_embed\.proj\.", "patch_embed.projection."),
     (r"\.norm(\d|_final_attn)\.", r".layer_norm\1."),
-    (r"neck\.0\.", "neck.conv1."), (r"neck\.1\.", "neck.layer_norm1."), (r"neck\.2\.", "neck.conv2."), (r"neck\.3\.", "neck.layer_norm2."),
+    (r"neck\.0\.", "neck.conv1."), (r"neck\.1\.", "neck.layer_norm1."),
+    (r"neck\.2\.", "neck.conv2."), (r"neck\.3\.", "neck.layer_norm2."),
     (r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix", "shared_image_embedding.positional_embedding"),
     (r"point_embeddings\.", "point_embed."),
     (r"mask_downscaling\.0\.", "mask_embed.conv1."), (r"mask_downscaling\.1\.", "mask_embed.layer_norm1."),
     (r"mask_downscaling\.3\.", "mask_embed.conv2."), (r"mask_downscaling\.4\.", "mask_embed.layer_norm2."),
     (r"mask_downscaling\.6\.", "mask_embed.conv3."),
-    (r"output_upscaling\.0\.", "upscale_conv1."), (r"output_upscaling\.1\.", "upscale_layer_norm."), (r"output_upscaling\.3\.", "upscale_conv2."),
+    (r"output_upscaling\.0\.", "upscale_conv1."), (r"output_upscaling\.1\.", "upscale_layer_norm."),
+    (r"output_upscaling\.3\.", "upscale_conv2."),
     (r"(mlps\.\d|prediction_head)\.layers\.0\.", r"\1.proj_in."), (r"(mlps\.\d|prediction_head)\.layers\.1\.", r"\1.layers.0."),
     (r"(mlps\.\d|prediction_head)\.layers\.2\.", r"\1.proj_out."),
 )
@@ -447,7 +449,8 @@ def load_weights(tensors, path):
         raise ValueError(f"{path} is not a whole file of SAM's weights ({error}). Fetch it again: model.safetensors from a "
                          "Hugging Face repository such as facebook/sam-vit-base, or Meta's .pth.") from error
     except (AttributeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} holds something else than a state dict of tensors ({error}). Save that alone, or fetch Meta's file.") from error
+        raise ValueError(f"{path} holds something else than a state dict of tensors ({error}). Save that alone, or fetch Meta's "
+                         "file.") from error
     wanted = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     wrong = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
     if wrong:

@@ -216,7 +216,7 @@ def tokenize(tokenizer, phrases):
 
 
 def unknown_words(tokenizer, phrases):
-    """The words of some phrases that the tokenizer cannot write, in the order in which they come. SigLIP's writes any, in bytes."""
+    """The words of some phrases that the tokenizer cannot write, in their order. SigLIP's writes any, in bytes."""
     words = dict.fromkeys(word for phrase in phrases for word in canonical(phrase).split())
     return [word for word in words if UNKNOWN in tokenizer.encode(word).ids]
 

@@ -4,8 +4,12 @@
 2. Parity, live, against transformers and peft at small sizes: towers, SAM, LoRA, the whole model, forward and backward.
 3. The programs as a user runs them, and the full sizes.
 
-    python test_rsrefseg.py parity b l                    parity at full size, as the table in the README (b 8 minutes on two cores)
-    python test_rsrefseg.py ablation DIR                  the paper's ablations on the toy set, 37 runs of tiny, 50 minutes on two cores
+    python test_rsrefseg.py parity b l                    parity at full size, as the table in the README (b 8 minutes on
+                                                          two cores)
+    python test_rsrefseg.py ablation DIR                  the paper's ablations on the toy set, 37 runs of tiny, 50 minutes
+                                                          on two cores
+    python test_rsrefseg.py mosaic DIR [SCENES]           a scene of 24 x 24 toy scenes, 6,144 x 6,144 pixels, in windows and
+                                                          scene by scene, 12 minutes on two cores
     python test_rsrefseg.py bench b infer bf16 [--batch N] [--phrases N] [--device cuda] [--checkpoint-activations]
                                                           time and memory beside the same model from transformers and peft
 
@@ -34,7 +38,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -155,17 +159,23 @@ def test_malicious_pickle_is_refused(tmp_path):
 
 def test_files_that_ask_for_too_much_or_lead_elsewhere(toy, tmp_path, monkeypatch):
     ref = data.RefSegDataset(toy, "train", 96).refs[0]
-    for mask, message in (((10**6, 10**6, "1"), "no mask has 1000000 x 1000000 pixels"), ((256, 256, "P" * 10**6), "break off or hold a foreign character"),
-                          ((256, 256, None), "mask of ref_id 0"), (("256", 256, "1"), "mask of ref_id 0"), ((256, 256, "oooooooo0"), "foreign character")):
+    for mask, message in (((10**6, 10**6, "1"), "no mask has 1000000 x 1000000 pixels"),
+                          ((256, 256, "P" * 10**6), "break off or hold a foreign character"),
+                          ((256, 256, None), "mask of ref_id 0"),
+                          (("256", 256, "1"), "mask of ref_id 0"),
+                          ((256, 256, "oooooooo0"), "foreign character")):
         with pytest.raises(ValueError, match=message):
             data.read_mask(dataclasses.replace(ref, mask=mask))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 100)
-    assert abs(np.asarray(data.to_rgb(Image.fromarray(np.array([[0, 5, np.nan, 10]], np.float32))))[0, :, 0].astype(int) - [0, 128, 0, 255]).max() <= 1
+    assert abs(np.asarray(data.to_rgb(Image.fromarray(np.array([[0, 5, np.nan, 10]], np.float32))))[0, :, 0].astype(int)
+               - [0, 128, 0, 255]).max() <= 1
     with pytest.raises(ValueError, match="00000.jpg is too large to open safely"):
         data.read_image(ref.image)
     row = dict(image="a.png", mask="a.png", phrase="the ship", split="train")
-    for text, message in (('{"image": "a.png", "mask": "a.png", "phrse": "x", "split": "train"}', "phrases.jsonl, line 1 has no 'phrase'"),
-                          (json.dumps(row | dict(split="trian")), "of split 'trian', holds what it should not; splits are train, val, test"),
+    for text, message in (('{"image": "a.png", "mask": "a.png", "phrse": "x", "split": "train"}',
+                           "phrases.jsonl, line 1 has no 'phrase'"),
+                          (json.dumps(row | dict(split="trian")),
+                           "of split 'trian', holds what it should not; splits are train, val, test"),
                           ("{,", "phrases.jsonl, line 1 cannot be read")):
         (tmp_path / "phrases.jsonl").write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -176,24 +186,31 @@ def test_files_that_ask_for_too_much_or_lead_elsewhere(toy, tmp_path, monkeypatc
             data.read_refs(tmp_path)
 
 
-HOSTILE_CALLS = [("os", "system"), ("posix", "system"), ("subprocess", "Popen"), ("builtins", "eval"), ("builtins", "exec"), ("builtins", "getattr"), ("builtins", "__import__"), ("__builtin__", "eval"),
-                 ("pickle", "loads"), ("torch", "load"), ("torch._utils", "_rebuild_tensor_v2"), ("torch.storage", "_load_from_bytes"), ("torch", "FloatStorage"), ("numpy", "fromfile"),
-                 ("numpy.core.multiarray", "_reconstruct"), ("collections", "OrderedDict"), ("io", "open"), ("codecs", "encode"), ("copyreg", "_reconstructor"), ("functools", "partial")]
+HOSTILE_CALLS = [("os", "system"), ("posix", "system"), ("subprocess", "Popen"), ("builtins", "eval"), ("builtins", "exec"),
+                 ("builtins", "getattr"), ("builtins", "__import__"), ("__builtin__", "eval"), ("pickle", "loads"),
+                 ("torch", "load"), ("torch._utils", "_rebuild_tensor_v2"), ("torch.storage", "_load_from_bytes"),
+                 ("torch", "FloatStorage"), ("numpy", "fromfile"), ("numpy.core.multiarray", "_reconstruct"),
+                 ("collections", "OrderedDict"), ("io", "open"), ("codecs", "encode"), ("copyreg", "_reconstructor"),
+                 ("functools", "partial")]
 
 
 def test_a_hundred_hostile_pickles(tmp_path):
     """Each way a pickle can name a function, at each way of calling it, and counts and lengths that ask for gigabytes."""
     text = lambda value: b"\x8c" + bytes([len(value)]) + value.encode()
-    variants = [b"\x80\x09.", b"\x80\x05\x8e" + b"\xff" * 7 + b"\x7f.", b"\x80\x05\x8d\xff\xff\xff\xff\x0f\x00\x00\x00a.", b"\x80\x04\x95" + b"\xff" * 8, b"\x80\x02\x8b\xff\xff\xff\x7f1.",
-                b"\x80\x05\x96\x00\x00\x00\x40\x00\x00\x00\x00.", b"K\x01" + b"\x85" * 10**6 + b"}\x940K\x01s.", b"\x80\x02}K\x01" + b"2\x86" * 60 + b"K\x01s.", b"]" * 50 + b"a" * 60, b"(" * 10_000, b"\x80\x04\x82\x01.", b"Pany\n.", b"\x80\x02]Q.", b"\x80\x02}b.", b"I" + b"9" * 10_000 + b"\n."]
+    variants = [b"\x80\x09.", b"\x80\x05\x8e" + b"\xff" * 7 + b"\x7f.", b"\x80\x05\x8d\xff\xff\xff\xff\x0f\x00\x00\x00a.",
+                b"\x80\x04\x95" + b"\xff" * 8, b"\x80\x02\x8b\xff\xff\xff\x7f1.",
+                b"\x80\x05\x96\x00\x00\x00\x40\x00\x00\x00\x00.", b"K\x01" + b"\x85" * 10**6 + b"}\x940K\x01s.",
+                b"\x80\x02}K\x01" + b"2\x86" * 60 + b"K\x01s.", b"]" * 50 + b"a" * 60, b"(" * 10_000, b"\x80\x04\x82\x01.",
+                b"Pany\n.", b"\x80\x02]Q.", b"\x80\x02}b.", b"I" + b"9" * 10_000 + b"\n."]
     for module, name in HOSTILE_CALLS:
-        variants += [f"c{module}\n{name}\n(S'1'\ntR.".encode(), f"(i{module}\n{name}\n.".encode(), f"(c{module}\n{name}\nS'1'\no.".encode(),
-                     b"\x80\x04" + text(module) + text(name) + b"\x93)R.", b"\x80\x04](}" + text("a") + b"(" + text(module) + text(name) + b"\x93)\x81ues."]
+        variants += [f"c{module}\n{name}\n(S'1'\ntR.".encode(), f"(i{module}\n{name}\n.".encode(),
+                     f"(c{module}\n{name}\nS'1'\no.".encode(), b"\x80\x04" + text(module) + text(name) + b"\x93)R.",
+                     b"\x80\x04](}" + text("a") + b"(" + text(module) + text(name) + b"\x93)\x81ues."]
     for number, content in enumerate(variants):
         (tmp_path / "x.p").write_bytes(content)
         with pytest.raises(ValueError, match="x.p is not a pickle of plain data"):
             data.read_pickle(tmp_path / "x.p")
-    (tmp_path / "x.p").write_bytes(b"\x80\x04]r\xff\xff\xff\x7f.")                # a memo of 2^31 places, in ten bytes: harmless here
+    (tmp_path / "x.p").write_bytes(b"\x80\x04]r\xff\xff\xff\x7f.")         # a memo of 2^31 places, in ten bytes: harmless here
     assert data.read_pickle(tmp_path / "x.p") == [] and len(variants) == 115
     print(f"  {len(variants)} hostile pickles refused")
 
@@ -224,14 +241,31 @@ def test_fuzzed_files_end_in_success_or_our_own_error(toy, tmp_path, trained):
     (folder / "instances.json").write_text(json.dumps(instances))
     file = {name: (folder / name).read_bytes() for name in ("refs(unc).p", "instances.json")}
     cases = {
-        "run lengths": (refs[0].mask[2].encode(), lambda content: data.read_mask(dataclasses.replace(refs[0], mask=(256, 256, content.decode("latin1"))))),
-        "pickle": (file["refs(unc).p"], lambda content: read_all(root, (folder / "refs(unc).p", content), (folder / "instances.json", file["instances.json"]))),
-        "JSON": (file["instances.json"], lambda content: read_all(root, (folder / "instances.json", content), (folder / "refs(unc).p", file["refs(unc).p"]))),
+        "run lengths": (
+            refs[0].mask[2].encode(),
+            lambda content: data.read_mask(dataclasses.replace(refs[0], mask=(256, 256, content.decode("latin1"))))),
+        "pickle": (
+            file["refs(unc).p"],
+            lambda content: read_all(root, (folder / "refs(unc).p", content),
+                                     (folder / "instances.json", file["instances.json"]))),
+        "JSON": (
+            file["instances.json"],
+            lambda content: read_all(root, (folder / "instances.json", content),
+                                     (folder / "refs(unc).p", file["refs(unc).p"]))),
         "JSON lines": ((rows / "phrases.jsonl").read_bytes(), lambda content: read_all(rows, (rows / "phrases.jsonl", content))),
-        "JPEG": (refs[0].image.read_bytes(), lambda content: (tmp_path / "x.jpg").write_bytes(content) and data.read_image(tmp_path / "x.jpg")),
-        "TIFF": (tiff_bytes(refs[0].image), lambda content: (tmp_path / "x.tif").write_bytes(content) and data.read_image(tmp_path / "x.tif")),
-        "checkpoint": ((trained / "best.safetensors").read_bytes(), lambda content: (tmp_path / "x.safetensors").write_bytes(content) and RSRefSeg.from_checkpoint(tmp_path / "x.safetensors")),
-        "weights": (siglip_file.read_bytes(), lambda content: siglip_file.write_bytes(content) and siglip.load_weights(tower.state_dict(), siglip_file)),
+        "JPEG": (
+            refs[0].image.read_bytes(),
+            lambda content: (tmp_path / "x.jpg").write_bytes(content) and data.read_image(tmp_path / "x.jpg")),
+        "TIFF": (
+            tiff_bytes(refs[0].image),
+            lambda content: (tmp_path / "x.tif").write_bytes(content) and data.read_image(tmp_path / "x.tif")),
+        "checkpoint": (
+            (trained / "best.safetensors").read_bytes(),
+            lambda content: ((tmp_path / "x.safetensors").write_bytes(content)
+                             and RSRefSeg.from_checkpoint(tmp_path / "x.safetensors"))),
+        "weights": (
+            siglip_file.read_bytes(),
+            lambda content: siglip_file.write_bytes(content) and siglip.load_weights(tower.state_dict(), siglip_file)),
     }
     times, slowest, ended = int(os.environ.get("RSREFSEG_FUZZ", 260)), 0, {}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -258,7 +292,8 @@ def tiff_bytes(path):
 
 
 def mutated(rng, content):
-    """`content` with a few bytes changed, cut out, doubled or swapped for hostile ones; damage is likelier at the start, where headers are."""
+    """`content` with a few bytes changed, cut out, doubled or swapped for hostile ones; damage is likelier at the start,
+    where headers are."""
     content = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
         place = int(len(content) * rng.random() ** rng.choice((1, 4))) if content else 0
@@ -273,7 +308,9 @@ def mutated(rng, content):
         elif kind == 3:
             content[place:place] = content[place:place + length] * rng.choice((1, 2, 100))
         elif kind == 4:
-            content[place:place + length] = rng.choice((b"99999999999999999", b"-1", b"null", b"[[[[", b'"', b"1e999", b"\xff\xff\xff\x7f", b"{}", b"../../etc/passwd", b"\0"))
+            content[place:place + length] = rng.choice((
+                b"99999999999999999", b"-1", b"null", b"[[[[", b'"', b"1e999", b"\xff\xff\xff\x7f", b"{}", b"../../etc/passwd",
+                b"\0"))
         else:
             del content[place:]
     return bytes(content)
@@ -282,14 +319,16 @@ def mutated(rng, content):
 def test_images_of_every_mode(tmp_path):
     ramp = np.linspace(0, 255, 30 * 20).reshape(20, 30).astype(np.uint8)
     rgb = Image.fromarray(np.stack([ramp, ramp[::-1], ramp[:, ::-1]], -1))
-    cases = {"rgb.png": rgb, "grey.png": rgb.convert("L"), "rgba.png": rgb.convert("RGBA"), "palette.png": rgb.convert("P"), "bit.png": rgb.convert("1"),
-             "cmyk.jpg": rgb.convert("CMYK"), "la.png": rgb.convert("LA"), "16.png": Image.fromarray(ramp.astype(np.uint16) * 16),
-             "16.tif": Image.fromarray(ramp.astype(np.uint16) * 16), "32.tif": Image.fromarray(ramp.astype(np.int32)), "float.tif": Image.fromarray(ramp / np.float32(255))}
+    cases = {"rgb.png": rgb, "grey.png": rgb.convert("L"), "rgba.png": rgb.convert("RGBA"), "palette.png": rgb.convert("P"),
+             "bit.png": rgb.convert("1"), "cmyk.jpg": rgb.convert("CMYK"), "la.png": rgb.convert("LA"),
+             "16.png": Image.fromarray(ramp.astype(np.uint16) * 16), "16.tif": Image.fromarray(ramp.astype(np.uint16) * 16),
+             "32.tif": Image.fromarray(ramp.astype(np.int32)), "float.tif": Image.fromarray(ramp / np.float32(255))}
     for name, image in cases.items():
         image.save(tmp_path / name)
         read = data.read_image(tmp_path / name)
         assert read.mode == "RGB" and read.size == (30, 20), name
-        expected = np.asarray(rgb if name in ("rgb.png", "rgba.png", "palette.png", "cmyk.jpg") else rgb.convert("L").convert("RGB"))
+        expected = np.asarray(rgb if name in ("rgb.png", "rgba.png", "palette.png", "cmyk.jpg")
+                              else rgb.convert("L").convert("RGB"))
         if name in ("rgb.png", "rgba.png", "palette.png", "cmyk.jpg", "grey.png", "la.png"):
             error = abs(np.asarray(read).astype(int) - expected).mean()
             assert error <= {"palette.png": 25, "cmyk.jpg": 6}.get(name, 0), (name, error)
@@ -299,7 +338,7 @@ def test_images_of_every_mode(tmp_path):
     for name in ("16.png", "16.tif", "32.tif", "float.tif"):
         assert abs(np.asarray(data.read_image(tmp_path / name))[..., 0] - stretched).max() <= 1, name
     hot = ramp.astype(np.uint16) * 16
-    hot[0, :3] = 65535                                                                 # three hot pixels of 600 must not darken the rest
+    hot[0, :3] = 65535                                                       # three hot pixels of 600 must not darken the rest
     Image.fromarray(hot).save(tmp_path / "hot.tif")
     assert abs(np.asarray(data.read_image(tmp_path / "hot.tif"))[..., 0].astype(int) - stretched)[0, 3:].max() <= 2
     night = np.zeros((20, 30), np.uint16)
@@ -324,7 +363,8 @@ def test_tokenize_toy_and_truncation():
     assert tokenizer.decode(ids[1][mask[1]].tolist()) == "a red ship on the left </s>"
     assert tokenizer.get_vocab_size() <= siglip.SIZES["tiny"].vocab
     unknown = tokenizer.token_to_id("<unk>")
-    assert unknown == siglip.UNKNOWN and siglip.unknown_words(tokenizer, ["The crane!", "a ship, a crane near a pool"]) == ["crane", "near", "pool"]
+    assert (unknown == siglip.UNKNOWN
+            and siglip.unknown_words(tokenizer, ["The crane!", "a ship, a crane near a pool"]) == ["crane", "near", "pool"])
     for index in range(40):
         phrases = [phrase for _, phrase in data.toy_scene(3, index)[1]]
         assert unknown not in siglip.tokenize(tokenizer, phrases)[0]
@@ -336,7 +376,9 @@ def test_golden_token_ids():
         pytest.skip("RSREFSEG_TOKENIZER does not name SigLIP's tokenizer.json")
     tokenizer = siglip.load_tokenizer(path)
     golden = {"The baseball field on the top": [260, 6722, 942, 277, 260, 549, 1],
-              "A vehicle on the lower right of the gray ship.": [262, 266, 1410, 277, 260, 1213, 441, 267, 260, 6911, 2665, 1], "": [1]}
+              "A vehicle on the lower right of the gray ship.":
+                  [262, 266, 1410, 277, 260, 1213, 441, 267, 260, 6911, 2665, 1],
+              "": [1]}
     for phrase, row in golden.items():
         assert siglip.tokenize(tokenizer, [phrase])[0].tolist() == [row]
     assert siglip.unknown_words(tokenizer, [*golden, "the ship \u6f22"]) == []             # what has no piece is written in bytes
@@ -352,7 +394,8 @@ def released_schedule(n, epochs, warmup, period, lr=1e-4):
     for epoch in range(epochs):
         if epoch > warmup:
             t = math.pi / period
-            rate = lr * 0.001 + (rate - lr * 0.001) * (1 + math.cos(t * (epoch - warmup))) / (1 + math.cos(t * (epoch - warmup - 1)))
+            rate = (lr * 0.001 + (rate - lr * 0.001) * (1 + math.cos(t * (epoch - warmup)))
+                    / (1 + math.cos(t * (epoch - warmup - 1))))
         for i in range(epoch * n, epoch * n + n):
             if 0 < i <= total:
                 rate *= 1 + 0.99 / (total * 0.01 + (i - 1) * 0.99)
@@ -366,7 +409,8 @@ def test_schedule():
     n, epochs, warmup = 7, 20, 5
     args, longer = (train.parse_args(["--sam", "b", "--epochs", str(e)]) for e in (epochs, epochs + warmup))
     steps, floor = range(epochs * n), lambda step: step if step < warmup * n else step // n * n
-    assert [train.learning_rate(floor(step), n, longer) for step in steps] == pytest.approx(released_schedule(n, epochs, warmup, epochs), rel=1e-9, abs=0)
+    assert [train.learning_rate(floor(step), n, longer) for step in steps] == pytest.approx(
+        released_schedule(n, epochs, warmup, epochs), rel=1e-9, abs=0)
     theirs, ours = released_schedule(n, epochs, warmup, epochs - warmup), [train.learning_rate(step, n, args) for step in steps]
     stairs = [train.learning_rate(floor(step), n, args) for step in steps]
     assert ours[:warmup * n + 1] == pytest.approx(theirs[:warmup * n + 1], rel=1e-9, abs=0)
@@ -379,8 +423,8 @@ def test_schedule():
 def test_defaults_are_the_papers():
     for size in ("b", "l"):
         args = vars(train.parse_args(["--sam", size]))
-        expected = dict(epochs=200, total_batch=32, phrases=1, lr=1e-4, weight_decay=0.05, warmup_epochs=5, loss="bce", map_loss=0, clip=0,
-                        text_lora=True, down_blocks=2, prompts="both", text="both")
+        expected = dict(epochs=200, total_batch=32, phrases=1, lr=1e-4, weight_decay=0.05, warmup_epochs=5, loss="bce",
+                        map_loss=0, clip=0, text_lora=True, down_blocks=2, prompts="both", text="both")
         assert {key: args[key] for key in expected} == expected
         assert rsrefseg.SIZES[size].lora_rank == 16 and (args["lora_alpha"], args["lora_dropout"]) == (16, 0.1)
     assert set(train.TINY) <= set(args), "every tiny default is a flag"
@@ -390,7 +434,8 @@ def test_lora_targets_and_errors():
     model = nn.ModuleDict(dict(a=nn.Linear(4, 4), b=nn.Conv2d(3, 4, 3), c=nn.LayerNorm(4), d=nn.Conv2d(4, 4, 3, groups=2)))
     assert lora.inject(model, ["a", "[ab]"], r=2) == ["a", "b"]
     assert not model["a"].base.weight.requires_grad and model["a"].A.weight.requires_grad
-    for target, message in (("nothing.*", "matches no layer"), ("c", "only Linear and Conv2d"), ("d", "groups=1"), ("a", "only Linear")):
+    for target, message in (("nothing.*", "matches no layer"), ("c", "only Linear and Conv2d"), ("d", "groups=1"),
+                            ("a", "only Linear")):
         with pytest.raises(ValueError, match=message):
             lora.inject(model, [target])
     assert "total" in lora.table(model) and set(lora.base_state_dict(model)) == {
@@ -414,7 +459,8 @@ def test_merged_lora_is_unmerged():
     images, ids, _ = batch()
     before = model(images, ids)
     names = lora.merge(model)
-    assert len(names) == 4 * 4 + 2 + 2 * 3 * 4 + 1 and not any(isinstance(m, (lora.LoRALinear, lora.LoRAConv2d)) for m in model.modules())
+    assert (len(names) == 4 * 4 + 2 + 2 * 3 * 4 + 1
+            and not any(isinstance(m, (lora.LoRALinear, lora.LoRAConv2d)) for m in model.modules()))
     check("merged against unmerged", model(images, ids), before, 1e-5)
 
 
@@ -439,8 +485,9 @@ def test_phrases_of_an_image_share_its_encoding():
     check("k phrases an image against one by one", model(images, ids), one_by_one, 1e-5)
 
 
-ABLATED = [{}, dict(prompts="sparse"), dict(prompts="dense"), dict(text="local"), dict(text="global"), dict(text_lora=False), dict(down_blocks=1),
-           dict(down_blocks=3), dict(prompts="sparse", text="local"), dict(prompts="dense", text="global", text_lora=False)]
+ABLATED = [{}, dict(prompts="sparse"), dict(prompts="dense"), dict(text="local"), dict(text="global"), dict(text_lora=False),
+           dict(down_blocks=1), dict(down_blocks=3), dict(prompts="sparse", text="local"),
+           dict(prompts="dense", text="global", text_lora=False)]
 
 
 @pytest.mark.parametrize("ablated", ABLATED, ids=str)
@@ -452,9 +499,10 @@ def test_every_trainable_parameter_gets_a_gradient(ablated):
         got = {name for name, p in model.named_parameters() if p.grad is not None}
         assert got == {name for name, p in model.named_parameters() if p.requires_grad}
         groups = train.optimiser_groups(model, train.parse_args(["--sam", "b"]))
-        assert all(group["weight_decay"] == 0.05 and "lr" not in group for group in groups)                # as released: one rate and decay
+        assert all(group["weight_decay"] == 0.05 and "lr" not in group for group in groups)    # as released: one rate and decay
         names = ["lora" if rank else "towers", "mask prompt", "mask decoder", "prompter"]
-        assert [group["name"] for group in groups] == [name for name in names if (name, ablated.get("prompts")) != ("prompter", "dense")]
+        assert [group["name"] for group in groups] == [
+            name for name in names if (name, ablated.get("prompts")) != ("prompter", "dense")]
         zero = {name for name, p in model.named_parameters() if p.requires_grad and not p.grad.any()}
         assert all(".output_hypernetworks_mlps." in name and ".0." not in name.split("mlps")[1][:3] for name in zero), zero
 
@@ -470,14 +518,18 @@ def test_ablations_leave_out_what_they_say(tmp_path, monkeypatch):
             nn.init.normal_(parameter, std=0.3)
         return not torch.equal(before, model(images, ids))
 
-    for module, leaves_out in (("prompter.project", dict(prompts="dense")), ("sam.prompt_encoder.mask_embed", dict(prompts="sparse")),
-                               ("siglip.text_model.head", dict(prompts="sparse", text="local")), ("sam.prompt_encoder.no_mask_embed", {})):
+    for module, leaves_out in (("prompter.project", dict(prompts="dense")),
+                               ("sam.prompt_encoder.mask_embed", dict(prompts="sparse")),
+                               ("siglip.text_model.head", dict(prompts="sparse", text="local")),
+                               ("sam.prompt_encoder.no_mask_embed", {})):
         assert not felt(module, **leaves_out) and felt(module, prompts="sparse") == (module != "sam.prompt_encoder.mask_embed")
     v, t, s = torch.randn(2, 48, 5, 5), torch.randn(2, 7, 48), torch.randn(2, 48)
     for text in ("both", "local", "global"):
         prompter = small_model(text=text).eval().prompter
-        prompt = lambda t, s: prompter(v, t, s, torch.ones(2, 7, dtype=torch.bool), torch.tensor([5.0]), torch.tensor([-1.0]), torch.zeros(1, 32, 5, 5))[0]
-        assert torch.equal(prompt(t, s), prompt(t.roll(1, 0), s)) == (text == "global") and torch.equal(prompt(t, s), prompt(t, s.roll(1, 0))) == (text == "local")
+        prompt = lambda t, s: prompter(v, t, s, torch.ones(2, 7, dtype=torch.bool), torch.tensor([5.0]), torch.tensor([-1.0]),
+                                       torch.zeros(1, 32, 5, 5))[0]
+        assert (torch.equal(prompt(t, s), prompt(t.roll(1, 0), s)) == (text == "global")
+                and torch.equal(prompt(t, s), prompt(t, s.roll(1, 0))) == (text == "local"))
     assert [small_model(down_blocks=n).prompter.spatial(torch.zeros(1, 32, 27, 27)).shape[-1] for n in (1, 2, 3)] == [14, 7, 4]
     assert not any("text_model" in name for name in lora.adapted_layers(small_model(text_lora=False)))
 
@@ -504,10 +556,13 @@ def test_ablations_leave_out_what_they_say(tmp_path, monkeypatch):
 def test_ablation_flags_reach_the_model(toy, tmp_path):
     flags = ["--prompts", "sparse", "--text", "global", "--down-blocks", "1", "--loss", "bce", "--map-loss", "0"]
     run(HERE / "train.py", "--sam", "tiny", "--data", toy, "--out", tmp_path, "--epochs", 1, *flags)
-    model, (about, tensors) = RSRefSeg.from_checkpoint(tmp_path / "best.safetensors"), rsrefseg.read_checkpoint(tmp_path / "best.safetensors")
-    assert about["settings"].items() >= dict(prompts="sparse", text="global", down_blocks=1, text_lora=True).items() and about["args"]["loss"] == "bce"
+    model, (about, tensors) = (RSRefSeg.from_checkpoint(tmp_path / "best.safetensors"),
+                               rsrefseg.read_checkpoint(tmp_path / "best.safetensors"))
+    assert (about["settings"].items() >= dict(prompts="sparse", text="global", down_blocks=1, text_lora=True).items()
+            and about["args"]["loss"] == "bce")
     assert len(model.prompter.spatial) == 1 and tensors["prompter.channel.conv.weight"].shape[1] == 2 * 64
-    for wrong, message in ((["--no-text-lora"], "--no-text-lora says which towers LoRA adapts"), (["--prompts", "sparse", "--text", "local"], "give --map-loss 0")):
+    for wrong, message in ((["--no-text-lora"], "--no-text-lora says which towers LoRA adapts"),
+                           (["--prompts", "sparse", "--text", "local"], "give --map-loss 0")):
         assert message in run(HERE / "train.py", "--sam", "tiny", *wrong, fails=True)
 
 
@@ -556,7 +611,8 @@ def test_checkpoint_round_trip_and_errors(tmp_path, monkeypatch):
     model, siglip_folder, sam_folder = small_from_files(tmp_path, monkeypatch)
     model.save(tmp_path / "x.safetensors", step=3)
     about, tensors = rsrefseg.read_checkpoint(tmp_path / "x.safetensors")
-    assert about["step"] == 3 and set(tensors) == {name for name, p in model.named_parameters() if p.requires_grad} | {name for name, _ in model.named_buffers() if not name.endswith(("mean", "std")) or "running" in name}
+    assert about["step"] == 3 and set(tensors) == {name for name, p in model.named_parameters() if p.requires_grad} | {
+        name for name, _ in model.named_buffers() if not name.endswith(("mean", "std")) or "running" in name}
     again = RSRefSeg.from_checkpoint(tmp_path / "x.safetensors")
     images, ids, _ = batch()
     assert torch.equal(model.eval()(images, ids), again(images, ids))
@@ -613,7 +669,8 @@ def test_weight_files_are_compared_exactly(tmp_path, module, build):
 def meta_names(size):
     """{tensor name here: name in Meta's sam_vit_*.pth}, written out from the layout of the published segment-anything."""
     pairs = {"shared_image_embedding.positional_embedding": "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
-             "vision_encoder.pos_embed": "image_encoder.pos_embed", "mask_decoder.iou_token.weight": "mask_decoder.iou_token.weight",
+             "vision_encoder.pos_embed": "image_encoder.pos_embed",
+             "mask_decoder.iou_token.weight": "mask_decoder.iou_token.weight",
              "mask_decoder.mask_tokens.weight": "mask_decoder.mask_tokens.weight"}
 
     def both(ours, theirs, kinds=("weight", "bias")):
@@ -622,21 +679,24 @@ def meta_names(size):
     both("vision_encoder.patch_embed.projection", "image_encoder.patch_embed.proj")
     for i in range(size.layers):
         layer, block = f"vision_encoder.layers.{i}", f"image_encoder.blocks.{i}"
-        for ours, theirs in (("layer_norm1", "norm1"), ("layer_norm2", "norm2"), ("attn.qkv", "attn.qkv"), ("attn.proj", "attn.proj"), ("mlp.lin1", "mlp.lin1"), ("mlp.lin2", "mlp.lin2")):
+        for ours, theirs in (("layer_norm1", "norm1"), ("layer_norm2", "norm2"), ("attn.qkv", "attn.qkv"),
+                             ("attn.proj", "attn.proj"), ("mlp.lin1", "mlp.lin1"), ("mlp.lin2", "mlp.lin2")):
             both(f"{layer}.{ours}", f"{block}.{theirs}")
         pairs.update({f"{layer}.attn.rel_pos_{c}": f"{block}.attn.rel_pos_{c}" for c in "hw"})
     for i, name in enumerate(("conv1", "layer_norm1", "conv2", "layer_norm2")):
         both(f"vision_encoder.neck.{name}", f"image_encoder.neck.{i}", ("weight",) if "conv" in name else ("weight", "bias"))
     for i, name in zip((0, 1, 3, 4, 6), ("conv1", "layer_norm1", "conv2", "layer_norm2", "conv3")):
         both(f"prompt_encoder.mask_embed.{name}", f"prompt_encoder.mask_downscaling.{i}")
-    for ours, theirs in (("no_mask_embed", "no_mask_embed"), ("not_a_point_embed", "not_a_point_embed"), *((f"point_embed.{i}", f"point_embeddings.{i}") for i in range(4))):
+    for ours, theirs in (("no_mask_embed", "no_mask_embed"), ("not_a_point_embed", "not_a_point_embed"),
+                         *((f"point_embed.{i}", f"point_embeddings.{i}") for i in range(4))):
         both(f"prompt_encoder.{ours}", f"prompt_encoder.{theirs}", ("weight",))
     attention = lambda ours, theirs: [both(f"{ours}.{p}_proj", f"{theirs}.{p}_proj") for p in ("q", "k", "v", "out")]
     for i in range(2):
         layer = f"mask_decoder.transformer.layers.{i}"
         for name in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
             attention(f"{layer}.{name}", f"{layer}.{name}")
-        for ours, theirs in (*((f"layer_norm{j}", f"norm{j}") for j in (1, 2, 3, 4)), ("mlp.lin1", "mlp.lin1"), ("mlp.lin2", "mlp.lin2")):
+        for ours, theirs in (*((f"layer_norm{j}", f"norm{j}") for j in (1, 2, 3, 4)),
+                             ("mlp.lin1", "mlp.lin1"), ("mlp.lin2", "mlp.lin2")):
             both(f"{layer}.{ours}", f"{layer}.{theirs}")
     attention(*["mask_decoder.transformer.final_attn_token_to_image"] * 2)
     both("mask_decoder.transformer.layer_norm_final_attn", "mask_decoder.transformer.norm_final_attn")
@@ -661,8 +721,10 @@ def test_metas_own_files(tmp_path, monkeypatch):
     model, siglip_folder, _ = small_from_files(tmp_path / "hf", monkeypatch)
     model.load_backbones(siglip_folder, tmp_path / "sam_vit_b_01ec64.pth")
     assert torch.equal(model.sam.vision_encoder.layers[0].attn.qkv.base.weight, state["image_encoder.blocks.0.attn.qkv.weight"])
-    for name, wrong, message in (("less.pth", {k: v for k, v in state.items() if "iou_token" not in k}, "mask_decoder.iou_token.weight: file lacks it"),
-                                 ("list.pth", [1, 2], "something else than a state dict"), ("code.pth", Exploit(os.system, "true"), "something else than a state dict")):
+    for name, wrong, message in (("less.pth", {k: v for k, v in state.items() if "iou_token" not in k},
+                                  "mask_decoder.iou_token.weight: file lacks it"),
+                                 ("list.pth", [1, 2], "something else than a state dict"),
+                                 ("code.pth", Exploit(os.system, "true"), "something else than a state dict")):
         torch.save(wrong, tmp_path / name)
         with pytest.raises(ValueError, match=f"(?s){name}.*{message}"):
             sam.load_weights(target.state_dict(), tmp_path / name)
@@ -728,16 +790,18 @@ def with_hub(code, home, endpoint, **env):
 def test_weights_by_name(tmp_path, monkeypatch, hub):
     """from_pretrained("b") through the real client: fetched at the pinned revision, checked, cached, then offline."""
     model, siglip_folder, sam_folder = small_from_files(tmp_path, monkeypatch)
-    sums = hub.put(rsrefseg.SIGLIP_HUB, siglip_folder / "model.safetensors"), hub.put("facebook/sam-vit-base", sam_folder / "model.safetensors")
+    sums = (hub.put(rsrefseg.SIGLIP_HUB, siglip_folder / "model.safetensors"),
+            hub.put("facebook/sam-vit-base", sam_folder / "model.safetensors"))
     hub.put(rsrefseg.SIGLIP_HUB, siglip_folder / "tokenizer.json")
     code = f"""if True:
         import rsrefseg, test_rsrefseg as t
         rsrefseg.SIZES["b"] = rsrefseg.Size(t.SMALL_SAM, t.SMALL_SIGLIP, 4)
-        rsrefseg.PINNED = {{name: (rsrefseg.PINNED[name][0], sum) for name, sum in zip(("{rsrefseg.SIGLIP_HUB}", "facebook/sam-vit-base"), {sums})}}
+        names = "{rsrefseg.SIGLIP_HUB}", "facebook/sam-vit-base"
+        rsrefseg.PINNED = {{name: (rsrefseg.PINNED[name][0], sum) for name, sum in zip(names, {sums})}}
         print(t.checksum(rsrefseg.RSRefSeg.from_pretrained("b")))"""
     endpoint, expected = f"http://127.0.0.1:{hub.server_address[1]}", checksum(model)
     printed, errors = with_hub(code, tmp_path / "home", endpoint, TQDM_POSITION="-1")
-    assert printed == expected and "model.safetensors: 100%" in errors, (printed, errors)       # its progress bars, as in a terminal
+    assert printed == expected and "model.safetensors: 100%" in errors, (printed, errors)   # its progress bars, as in a terminal
     fetched = {path for command, path, _ in hub.requests if command == "GET"} & set(hub.files)
     assert fetched == set(hub.files)
     hub.requests.clear()
@@ -747,7 +811,8 @@ def test_weights_by_name(tmp_path, monkeypatch, hub):
 
 def checksum(model):
     """One line that differs when any tower weight does."""
-    state = {key: tensor.numpy().tobytes() for key, tensor in lora.base_state_dict(model).items() if key.startswith(("siglip.", "sam."))}
+    state = {key: tensor.numpy().tobytes() for key, tensor in lora.base_state_dict(model).items()
+             if key.startswith(("siglip.", "sam."))}
     return hashlib.sha256(b"".join(state[key] for key in sorted(state))).hexdigest()
 
 
@@ -755,18 +820,22 @@ def test_downloads_that_go_wrong(tmp_path, hub):
     name, endpoint = "facebook/sam-vit-base", f"http://127.0.0.1:{hub.server_address[1]}"
     (tmp_path / "model.safetensors").write_bytes(os.urandom(24_000_000))
     right, path = hub.put(name, tmp_path / "model.safetensors"), next(iter(hub.files))
-    code = f"import rsrefseg; rsrefseg.PINNED['{name}'] = (rsrefseg.PINNED['{name}'][0], '{right}'); print(rsrefseg.fetch('{name}', 'model.safetensors').stat().st_size)"
-    hub.cuts = 1                                                                                # half way: goes on from what it has
+    code = (f"import rsrefseg; rsrefseg.PINNED['{name}'] = (rsrefseg.PINNED['{name}'][0], '{right}'); "
+            f"print(rsrefseg.fetch('{name}', 'model.safetensors').stat().st_size)")
+    hub.cuts = 1                                                                              # half way: goes on from what it has
     assert with_hub(code, tmp_path / "a", endpoint)[0] == "24000000"
     assert [start > 0 for command, where, start in hub.requests if (command, where) == ("GET", path)] == [False, True]
     whole, hub.files[path] = hub.files[path], hub.files[path][:-1] + b"x"                       # as long, but not the file
-    assert re.search(rf"ValueError: model.safetensors of {name} has sha256 .*, not {right}: the download is damaged", with_hub(code, tmp_path / "b", endpoint)[0])
+    assert re.search(rf"ValueError: model.safetensors of {name} has sha256 .*, not {right}: the download is damaged",
+                     with_hub(code, tmp_path / "b", endpoint)[0])
     hub.files[path] = whole
     assert with_hub(code, tmp_path / "b", endpoint)[0] == "24000000", "the wrong file must be gone from the cache"
     hub.cuts = 1000                                                                             # breaks off every time
-    assert re.search(f"FileNotFoundError: cannot fetch model.safetensors of {name}: .*folder", with_hub(code, tmp_path / "c", endpoint)[0])
+    assert re.search(f"FileNotFoundError: cannot fetch model.safetensors of {name}: .*folder",
+                     with_hub(code, tmp_path / "c", endpoint)[0])
     for env in (dict(endpoint="http://127.0.0.1:9"), dict(endpoint=endpoint, HF_HUB_OFFLINE="1")):
-        assert re.search(f"FileNotFoundError: cannot fetch model.safetensors of {name}: .*--sam tiny", with_hub(code, tmp_path / "d", **env)[0])
+        assert re.search(f"FileNotFoundError: cannot fetch model.safetensors of {name}: .*--sam tiny",
+                         with_hub(code, tmp_path / "d", **env)[0])
 
 
 def test_weights_that_cannot_be_had_say_so(tmp_path):
@@ -785,9 +854,11 @@ def test_frozen_weights_in_the_autocast_type(tmp_path, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(half(images, ids), model.eval()(images, ids))
     assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
-    kinds = {type(m).__name__: m.weight.dtype for m in half.sam.vision_encoder.layers.modules() if hasattr(m, "weight") and not m.weight.requires_grad}
+    kinds = {type(m).__name__: m.weight.dtype for m in half.sam.vision_encoder.layers.modules()
+             if hasattr(m, "weight") and not m.weight.requires_grad}
     assert kinds == {"Linear": torch.bfloat16, "LayerNorm": torch.float32}
-    assert half.sam.vision_encoder.patch_embed.projection.weight.dtype == half.siglip.text_model.head.base.weight.dtype == torch.bfloat16
+    assert (half.sam.vision_encoder.patch_embed.projection.weight.dtype
+            == half.siglip.text_model.head.base.weight.dtype == torch.bfloat16)
     assert {p.dtype for p in half.sam.vision_encoder.neck.parameters()} == {torch.float32}
 
 
@@ -810,7 +881,8 @@ def test_official_layout_round_trip(tmp_path, monkeypatch):
     logits = model.eval()(images, ids)
     model.export_official(tmp_path / "a.pth")
     state = torch.load(tmp_path / "a.pth", weights_only=True)
-    for path, wrapped in (("plain.pth", state), ("lightning.pth", {"state_dict": state}), ("deepspeed.pth", {"module": state, "epoch": 3})):
+    for path, wrapped in (("plain.pth", state), ("lightning.pth", {"state_dict": state}),
+                          ("deepspeed.pth", {"module": state, "epoch": 3})):
         torch.save(wrapped, tmp_path / path)
         again = RSRefSeg.load_official(tmp_path / path, siglip_folder)
         assert torch.equal(again(images, ids), logits)
@@ -822,12 +894,15 @@ def test_official_layout_round_trip(tmp_path, monkeypatch):
     key = "prompter_down_spatial.2.conv.weight"
     for name, wrong, message in (("stray.pth", state | {"stray": torch.zeros(1)}, "1 keys missing.*stray"),
                                  ("less.pth", {k: v for k, v in state.items() if k != key}, f"1 keys missing.*{key}"),
-                                 ("shape.pth", state | {key: torch.zeros(2)}, key), ("foreign.pth", {"a": torch.zeros(1)}, "no checkpoint of the released code"),
+                                 ("shape.pth", state | {key: torch.zeros(2)}, key),
+                                 ("foreign.pth", {"a": torch.zeros(1)}, "no checkpoint of the released code"),
                                  ("list.pth", [1], "holds a list")):
         torch.save(wrong, tmp_path / name)
         with pytest.raises(ValueError, match=f"(?s){name}.*{message}"):
             RSRefSeg.load_official(tmp_path / name, siglip_folder)
-    for merged_or_half, message in ((RSRefSeg.load_official(tmp_path / "a.pth", siglip_folder, dtype=torch.bfloat16), "not fp32"), (again, "save before merging")):
+    for merged_or_half, message in (
+            (RSRefSeg.load_official(tmp_path / "a.pth", siglip_folder, dtype=torch.bfloat16), "not fp32"),
+            (again, "save before merging")):
         if merged_or_half is again:
             lora.merge(again)
             with pytest.raises(ValueError, match=message):
@@ -862,7 +937,8 @@ def test_official_keys_at_full_size(size):
 def toy(tmp_path_factory):
     """A toy RRSIS-D of 24 + 8 + 8 scenes, written through the command."""
     root = tmp_path_factory.mktemp("toy")
-    subprocess.run([sys.executable, HERE / "data.py", "toy", root, "--train", "24", "--val", "8", "--test", "8", "--seed", "5"], check=True)
+    subprocess.run([sys.executable, HERE / "data.py", "toy", root, "--train", "24", "--val", "8", "--test", "8", "--seed", "5"],
+                   check=True)
     return root
 
 
@@ -877,7 +953,8 @@ def test_toy_has_the_published_layout(toy):
         mask = data.decode_rle(row["segmentation"][0]["counts"], *row["segmentation"][0]["size"])
         ys, xs = np.nonzero(mask)
         assert row["bbox"] == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] and row["categories_id"] == ref["category_id"]
-    assert {split: len(data.RefSegDataset(toy, split, 96)) for split in ("train", "val", "test")} == {"train": 96, "val": 32, "test": 32}
+    assert {split: len(data.RefSegDataset(toy, split, 96)) for split in ("train", "val", "test")} == {
+        "train": 96, "val": 32, "test": 32}
 
 
 def matches(things, phrase, drop=()):
@@ -888,7 +965,8 @@ def matches(things, phrase, drop=()):
             and ("colour" in drop or not any(c in words.split() for c in data.COLOURS) or t.colour in words.split())
             and ("size" in drop or not any(z in words.split() for z in data.SIZES) or t.size in words.split())]
     vertical = {"top": -1, "upper": -1, "bottom": 1, "lower": 1}
-    side = np.array([sum({"left": -1, "right": 1}.get(w, 0) for w in where.split()), sum(vertical.get(w, 0) for w in where.split())], float)
+    side = np.array([sum({"left": -1, "right": 1}.get(w, 0) for w in where.split()),
+                     sum(vertical.get(w, 0) for w in where.split())], float)
     if anchor and "relation" not in drop:
         (anchor,) = matches(things, f"the {anchor}")
         offset = lambda t: np.array([t.x - anchor.x, t.y - anchor.y])
@@ -906,7 +984,8 @@ def test_toy_is_deterministic():
     for index in range(60):
         _, rows = data.toy_scene(0, index)
         for i, (thing, _) in enumerate(rows):
-            assert 40 < thing.mask.sum() < 0.1 * thing.mask.size and not any((thing.mask & other.mask).any() for other, _ in rows[:i])
+            assert (40 < thing.mask.sum() < 0.1 * thing.mask.size
+                    and not any((thing.mask & other.mask).any() for other, _ in rows[:i]))
 
 
 def test_toy_phrases_name_one_thing_and_need_their_words():
@@ -920,15 +999,18 @@ def test_toy_phrases_name_one_thing_and_need_their_words():
                 n, beside = n + 1, beside + any(t is not thing and t.category == thing.category for t in things)
                 for word in needed:
                     needed[word] += len(matches(things, phrase, drop=(word,))) > 1
-    print(f"  of {n} phrases {beside / n:.0%} beside a thing of the target's class; ambiguous without their", {k: f"{v / n:.0%}" for k, v in needed.items()})
+    print(f"  of {n} phrases {beside / n:.0%} beside a thing of the target's class; ambiguous without their",
+          {k: f"{v / n:.0%}" for k, v in needed.items()})
     assert beside / n > 0.7 and min(needed.values()) / n > 0.06
 
 
 def test_unique_phrases_by_hand():
     thing = lambda category, colour, size, x, y: data.Thing(category, colour, size, x, y, 0)
-    left, right, tank = thing("ship", "red", "small", 0.2, 0.5), thing("ship", "red", "small", 0.8, 0.5), thing("storagetank", "gray", "large", 0.5, 0.5)
+    left, right, tank = (thing("ship", "red", "small", 0.2, 0.5), thing("ship", "red", "small", 0.8, 0.5),
+                         thing("storagetank", "gray", "large", 0.5, 0.5))
     found = data.phrases_for([left, right, tank], left)
-    assert "attribute" not in found and "ship on the left" in found["place"] and "ship on the left of the storage tank" in found["relation"]
+    assert ("attribute" not in found and "ship on the left" in found["place"]
+            and "ship on the left of the storage tank" in found["relation"])
     assert not any("right" in phrase for phrase in found["place"] + found["relation"])
     assert data.phrases_for([left, right, tank], tank)["attribute"][0] == "storage tank"
 
@@ -967,7 +1049,8 @@ def set_counts(instances, counts):
 @pytest.mark.parametrize("change, message", [
     (lambda refs, instances, folder: refs[0]["sentences"][0].update(sent=" "), "ref_id 0 .00000.jpg. has an empty phrase"),
     (lambda refs, instances, folder: (folder / "00003.jpg").unlink(), "1 files of the train split are missing: .*00003.jpg"),
-    (lambda refs, instances, folder: (folder / "00000.jpg").write_bytes((folder / "00000.jpg").read_bytes()[:900]), "00000.jpg is not a readable image"),
+    (lambda refs, instances, folder: (folder / "00000.jpg").write_bytes((folder / "00000.jpg").read_bytes()[:900]),
+     "00000.jpg is not a readable image"),
     (lambda refs, instances, folder: set_counts(instances, "132"), "mask of ref_id 0 .00000.jpg.: run lengths add up"),
     (lambda refs, instances, folder: instances["annotations"].pop(0), "damaged or do not fit together: KeyError"),
     (lambda refs, instances, folder: [ref.update(split="val") for ref in refs], "no phrases in its 'train' split"),
@@ -993,7 +1076,8 @@ def test_mask_follows_an_image_of_another_size(toy, tmp_path):
 
 def write_format(root, dataset, refs):
     """Rows of the toy set written anew as another data set's files."""
-    images, masks, kind = dict(refsegrs=("images", "masks", "tif"), risbench=("img_rgb", "mask", "png"), risbench_lines=("img_rgb", None, "png"), own=("images", "masks", "png"))[dataset]
+    images, masks, kind = dict(refsegrs=("images", "masks", "tif"), risbench=("img_rgb", "mask", "png"),
+                               risbench_lines=("img_rgb", None, "png"), own=("images", "masks", "png"))[dataset]
     (root / images).mkdir(parents=True)
     (root / masks).mkdir() if masks else None
     lines = {}
@@ -1006,10 +1090,12 @@ def write_format(root, dataset, refs):
         if dataset == "own":
             row = json.dumps(dict(image=name, mask=name, phrase=ref.phrase, split=ref.split))
         elif dataset == "risbench_lines":
-            row = json.dumps(dict(split=ref.split, image_id=name, sent=f" {ref.phrase}  ", file_name=name, segmentation=dict(size=mask.shape, counts=data.encode_rle(mask))))
+            row = json.dumps(dict(split=ref.split, image_id=name, sent=f" {ref.phrase}  ", file_name=name,
+                                  segmentation=dict(size=mask.shape, counts=data.encode_rle(mask))))
         else:
             row = f"{name.removesuffix('.tif')} {ref.phrase}"
-        lines.setdefault({"own": "phrases.jsonl", "risbench_lines": f"{ref.split}.jsonl"}.get(dataset, f"output_phrase_{ref.split}.txt"), []).append(row + "\n")
+        lines.setdefault({"own": "phrases.jsonl", "risbench_lines": f"{ref.split}.jsonl"}.get(
+            dataset, f"output_phrase_{ref.split}.txt"), []).append(row + "\n")
     for name, rows in lines.items():
         (root / name).write_text("".join(rows))
 
@@ -1029,10 +1115,13 @@ def test_other_data_sets(toy, tmp_path, dataset):
     if dataset == "own":
         shutil.copytree(tmp_path, tmp_path / "less")
         lines = (tmp_path / "phrases.jsonl").read_text().splitlines(keepends=True)
-        (tmp_path / "less" / "phrases.jsonl").write_text("".join(row.replace("the", "crane") for row in lines if '"val"' not in row))
-        assert "error: " in (said := run(HERE / "data.py", "check", tmp_path / "less", fails=True)) and "training would fail, no phrases are in val" in said
+        (tmp_path / "less" / "phrases.jsonl").write_text(
+            "".join(row.replace("the", "crane") for row in lines if '"val"' not in row))
+        assert ("error: " in (said := run(HERE / "data.py", "check", tmp_path / "less", fails=True))
+                and "training would fail, no phrases are in val" in said)
         (tmp_path / "phrases.jsonl").write_text("".join(row.replace("The ", "crane ").replace("A ", "crane ") for row in lines))
-        said = run(HERE / "train.py", "--sam", "tiny", "--data", tmp_path, "--out", tmp_path / "run", "--epochs", 1, "--phrases", 1, "--total-batch", 2, "--batch-size", 2)
+        said = run(HERE / "train.py", "--sam", "tiny", "--data", tmp_path, "--out", tmp_path / "run", "--epochs", 1,
+                   "--phrases", 1, "--total-batch", 2, "--batch-size", 2)
         assert "tiny does not know 1 of the words: crane" in said
     assert "train: 3 phrases" in text and Image.open(tmp_path / "check.jpg").size == (1240, 1002)
 
@@ -1049,15 +1138,20 @@ def test_check_finds_each_defect_and_training_refuses_it(toy, tmp_path):
     root = damaged(toy, tmp_path, damage)
     text = run(HERE / "data.py", "check", root, fails=True)
     assert re.findall(r"(DEFECT|note): (\w+), ref_id (\d+)", text) == [
-        ("DEFECT", "train", "0"), ("DEFECT", "train", "0"), *[("DEFECT", "train", str(i)) for i in range(4, 12)], ("note", "train", "13"),
+        ("DEFECT", "train", "0"), ("DEFECT", "train", "0"),
+        *[("DEFECT", "train", str(i)) for i in range(4, 12)], ("note", "train", "13"),
         *[("note", "train", str(i)) for i in range(16, 20)], ("note", "train", "20")]
-    for message in ("00000.jpg: the phrase '.' is empty", "run lengths add up", "00001.jpg is not a readable image", "00002.jpg: no such image", "the mask is empty", "256 x 257 pixels, its mask 256 x 256",
-                    r"the same image in several splits: 00005.jpg .train., 00024.jpg .val.", "error: .*training would fail of 9 rows"):
+    for message in ("00000.jpg: the phrase '.' is empty", "run lengths add up", "00001.jpg is not a readable image",
+                    "00002.jpg: no such image", "the mask is empty", "256 x 257 pixels, its mask 256 x 256",
+                    r"the same image in several splits: 00005.jpg .train., 00024.jpg .val.",
+                    "error: .*training would fail of 9 rows"):
         assert re.search(message, text), message
     training = [HERE / "train.py", "--sam", "tiny", "--data", root, "--epochs", 1, "--phrases", 1, "--out", tmp_path / "out"]
-    assert re.search("error: .*9 rows cannot be used, 0 of them in val or test, first ref_id 0 of train: .*--skip-bad trains without them", run(*training, fails=True))
+    assert re.search("error: .*9 rows cannot be used, 0 of them in val or test, first ref_id 0 of train: "
+                     ".*--skip-bad trains without them", run(*training, fails=True))
     text = run(*training, "--skip-bad")
-    assert "--skip-bad: 9 rows of train are left out" in text and "train: 87 phrases" in text and "32 phrases" in text.split("test  |")[1]
+    assert ("--skip-bad: 9 rows of train are left out" in text and "train: 87 phrases" in text
+            and "32 phrases" in text.split("test  |")[1])
     victim = data.RefSegDataset(root, "val", 96).refs[0].image
     victim.rename(victim.with_suffix(".away"))
     text = run(*training[:-1], tmp_path / "other", "--skip-bad", fails=True)
@@ -1072,13 +1166,16 @@ def test_speckle_is_measured_and_cleaned(toy, tmp_path):
         for row in instances["annotations"]:
             mask = data.decode_rle(row["segmentation"][0]["counts"], 256, 256)
             image = Image.fromarray(mask)
-            band = np.asarray(image.convert("L").filter(data.ImageFilter.MaxFilter(5))) != np.asarray(image.convert("L").filter(data.ImageFilter.MinFilter(5)))
+            band = (np.asarray(image.convert("L").filter(data.ImageFilter.MaxFilter(5)))
+                    != np.asarray(image.convert("L").filter(data.ImageFilter.MinFilter(5))))
             row["segmentation"][0]["counts"] = data.encode_rle(np.where(band, rng.random(mask.shape) < 0.5, mask))
     root = damaged(toy, tmp_path, speckle)
     row = next(row for row in run(HERE / "data.py", "check", root).splitlines() if row.startswith("| all |"))
-    clean, dirty, cleaned = data.RefSegDataset(toy, "val", 256), data.RefSegDataset(root, "val", 256), data.RefSegDataset(root, "val", 256, clean=True)
+    clean, dirty, cleaned = (data.RefSegDataset(toy, "val", 256), data.RefSegDataset(root, "val", 256),
+                             data.RefSegDataset(root, "val", 256, clean=True))
     iou = lambda a, b: (a & b).sum() / (a | b).sum()
-    before, after, ceiling = (np.mean([iou(np.asarray(x[i][key]).squeeze(), y[i]["originals"][0]) for i in range(32)]) for x, y, key in
+    before, after, ceiling = (np.mean([iou(np.asarray(x[i][key]).squeeze(), y[i]["originals"][0]) for i in range(32)])
+                              for x, y, key in
                               ((dirty, clean, "masks"), (cleaned, clean, "masks"), (clean, dirty, "masks")))
     print(f"  {row}; with the true mask: stored {before:.2f}, cleaned {after:.2f}")
     assert after > before + 0.1 and after > 0.9 and float(row.split("|")[6].strip(" %")) > 50
@@ -1089,8 +1186,11 @@ def test_download_verifies_unpacks_and_checks(toy, tmp_path, hub):
     """Both data sets from a hub on the loopback; wrong bytes and a zip that would write elsewhere are refused."""
     def serve(repository, files, wrong=None):
         revision = "0" * 40
-        siblings = [dict(rfilename=name, size=len(content), lfs=dict(sha256=wrong or hashlib.sha256(content).hexdigest(), size=len(content), pointerSize=130)) for name, content in files.items()]
-        hub.files[f"/api/datasets/{repository}?blobs=true"] = json.dumps(dict(id=repository, sha=revision, siblings=siblings, private=False, tags=[], downloads=0, likes=0)).encode()
+        siblings = [dict(rfilename=name, size=len(content),
+                         lfs=dict(sha256=wrong or hashlib.sha256(content).hexdigest(), size=len(content), pointerSize=130))
+                    for name, content in files.items()]
+        hub.files[f"/api/datasets/{repository}?blobs=true"] = json.dumps(dict(
+            id=repository, sha=revision, siblings=siblings, private=False, tags=[], downloads=0, likes=0)).encode()
         for name, content in files.items():
             hub.files[f"/datasets/{repository}/resolve/{revision}/{name.replace('(', '%28').replace(')', '%29')}"] = content
 
@@ -1103,23 +1203,30 @@ def test_download_verifies_unpacks_and_checks(toy, tmp_path, hub):
 
     def fetch(dataset, root, home):
         done = subprocess.run([sys.executable, HERE / "data.py", "download", dataset, root], capture_output=True, text=True,
-                              env=dict(os.environ, HF_HOME=str(tmp_path / home), HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}"))
+                              env=dict(os.environ, HF_HOME=str(tmp_path / home),
+                                       HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}"))
         return done.returncode, done.stdout + done.stderr
 
     images = {f"JPEGImages/{path.name}": path.read_bytes() for path in (toy / "images" / "rrsisd" / "JPEGImages").iterdir()}
-    files = {"JPEGImages.zip": zipped(images)} | {name: (toy / "rrsisd" / name).read_bytes() for name in ("instances.json", "refs(unc).p")}
+    files = {"JPEGImages.zip": zipped(images)} | {
+        name: (toy / "rrsisd" / name).read_bytes() for name in ("instances.json", "refs(unc).p")}
     serve("VoyageWang/rrsis-d", files)
     code, text = fetch("rrsisd", tmp_path / "a", "home")
     assert code == 0 and "rrsisd train: 96 phrases (as published: 12,181)" in text, text
-    assert all((data.RefSegDataset(tmp_path / "a", "val", 96)[i]["image"] == data.RefSegDataset(toy, "val", 96)[i]["image"]).all() for i in range(32))
-    write_format(tmp_path / "RefSegRS", "refsegrs", data.RefSegDataset(toy, "train", 96).refs[:3] + data.RefSegDataset(toy, "val", 96).refs[:2] + data.RefSegDataset(toy, "test", 96).refs[:2])
-    content = {f"RefSegRS/{path.relative_to(tmp_path / 'RefSegRS')}": path.read_bytes() for path in (tmp_path / "RefSegRS").rglob("*") if path.is_file()}
+    assert all((data.RefSegDataset(tmp_path / "a", "val", 96)[i]["image"]
+                == data.RefSegDataset(toy, "val", 96)[i]["image"]).all() for i in range(32))
+    write_format(tmp_path / "RefSegRS", "refsegrs",
+                 data.RefSegDataset(toy, "train", 96).refs[:3] + data.RefSegDataset(toy, "val", 96).refs[:2]
+                 + data.RefSegDataset(toy, "test", 96).refs[:2])
+    content = {f"RefSegRS/{path.relative_to(tmp_path / 'RefSegRS')}": path.read_bytes()
+               for path in (tmp_path / "RefSegRS").rglob("*") if path.is_file()}
     serve("JessicaYuan/RefSegRS", {"RefSegRS.zip": zipped(content)})
     code, text = fetch("refsegrs", tmp_path / "b", "home")
     assert code == 0 and "refsegrs train: 3 phrases (as published: 2,172)" in text, text
     serve("JessicaYuan/RefSegRS", {"RefSegRS.zip": zipped(content | {"RefSegRS/../../escaped": b"x"})})
     code, text = fetch("refsegrs", tmp_path / "c", "home2")
-    assert code == 1 and "error: the file name 'RefSegRS/../../escaped' leaves the data folder" in text and not (tmp_path / "escaped").exists() and not (tmp_path / "c").exists()
+    assert (code == 1 and "error: the file name 'RefSegRS/../../escaped' leaves the data folder" in text
+            and not (tmp_path / "escaped").exists() and not (tmp_path / "c").exists())
     serve("JessicaYuan/RefSegRS", {"RefSegRS.zip": zipped(content)}, wrong="0" * 64)
     code, text = fetch("refsegrs", tmp_path / "d", "home3")
     assert code == 1 and re.search("error: RefSegRS.zip of JessicaYuan/RefSegRS has sha256 .*, not 000.*deleted", text), text
@@ -1129,7 +1236,8 @@ def test_download_verifies_unpacks_and_checks(toy, tmp_path, hub):
 
 def reference_siglip(size):
     transformers = pytest.importorskip("transformers")
-    tower = dict(hidden_size=size.width, intermediate_size=size.mlp, num_hidden_layers=size.layers, num_attention_heads=size.heads)
+    tower = dict(hidden_size=size.width, intermediate_size=size.mlp, num_hidden_layers=size.layers,
+                 num_attention_heads=size.heads)
     return transformers.SiglipModel(transformers.SiglipConfig(
         text_config=dict(tower, vocab_size=size.vocab, max_position_embeddings=64, projection_size=size.width),
         vision_config=dict(tower, image_size=size.image, patch_size=size.patch))).eval()
@@ -1139,8 +1247,9 @@ def reference_sam(size):
     transformers = pytest.importorskip("transformers")
     c = size.prompt
     return transformers.SamModel(transformers.SamConfig(
-        vision_config=dict(hidden_size=size.width, num_hidden_layers=size.layers, num_attention_heads=size.heads, image_size=size.image, patch_size=size.patch,
-                           output_channels=c, window_size=size.window, global_attn_indexes=list(size.global_layers), num_pos_feats=c // 2),
+        vision_config=dict(hidden_size=size.width, num_hidden_layers=size.layers, num_attention_heads=size.heads,
+                           image_size=size.image, patch_size=size.patch, output_channels=c, window_size=size.window,
+                           global_attn_indexes=list(size.global_layers), num_pos_feats=c // 2),
         prompt_encoder_config=dict(hidden_size=c, image_size=size.image, patch_size=size.patch),
         mask_decoder_config=dict(hidden_size=c, mlp_dim=size.decoder_mlp, iou_head_hidden_dim=c))).eval()
 
@@ -1175,11 +1284,18 @@ def prompts(kinds, images=3):
     labels = torch.tensor([[1, 0, 1], [1, 1, -1], [0, -1, -1]])[:images]
     corners = (torch.rand(images, 2, 2, generator=generator) * SMALL_SAM.image).sort(1).values.flatten(1)
     masks = torch.randn(images, 1, 32, 32, generator=generator)
-    return {name: value for name, value in dict(points=points, labels=labels, boxes=corners, masks=masks).items() if name in kinds}
+    return {name: value for name, value in dict(points=points, labels=labels, boxes=corners, masks=masks).items()
+            if name in kinds}
 
 
 @pytest.mark.parametrize("multimask", [True, False])
-@pytest.mark.parametrize("kinds", [("points", "labels"), ("boxes",), ("masks",), ("points", "labels", "boxes"), ("points", "labels", "boxes", "masks"), ()])
+@pytest.mark.parametrize("kinds", [
+    ("points", "labels"),
+    ("boxes",),
+    ("masks",),
+    ("points", "labels", "boxes"),
+    ("points", "labels", "boxes", "masks"),
+    ()])
 def test_sam_parity(kinds, multimask):
     ours = fill(SAM(SMALL_SAM)).eval()
     theirs = transfer(ours, reference_sam(SMALL_SAM), sam.UNUSED)
@@ -1218,8 +1334,10 @@ def test_relative_position_is_the_bias_it_stands_for():
     check("relative position", model(x), model.proj(y.transpose(1, 2).reshape(2, 5, 5, 32)), 1e-12)
 
 
-@pytest.mark.parametrize("layer, shape", [(lambda: nn.Linear(12, 20), (5, 12)), (lambda: nn.Conv2d(6, 10, 3, stride=2, padding=1), (2, 6, 9, 9)),
-                                          (lambda: nn.Conv2d(6, 10, 1, bias=False), (2, 6, 9, 9))])
+@pytest.mark.parametrize("layer, shape", [
+    (lambda: nn.Linear(12, 20), (5, 12)),
+    (lambda: nn.Conv2d(6, 10, 3, stride=2, padding=1), (2, 6, 9, 9)),
+    (lambda: nn.Conv2d(6, 10, 1, bias=False), (2, 6, 9, 9))])
 def test_lora_parity(layer, shape):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -1235,7 +1353,8 @@ def test_lora_parity(layer, shape):
     check(f"LoRA {type(base).__name__}", a, b, 1e-5)
     a.square().sum().backward(), b.square().sum().backward()
     for ab in "AB":
-        check(f"LoRA {type(base).__name__} gradient of {ab}", getattr(ours["x"], ab).weight.grad, theirs["x"].get_submodule(f"lora_{ab}.default").weight.grad, 1e-5)
+        check(f"LoRA {type(base).__name__} gradient of {ab}", getattr(ours["x"], ab).weight.grad,
+              theirs["x"].get_submodule(f"lora_{ab}.default").weight.grad, 1e-5)
     theirs["x"].merge()
     lora.merge(ours)
     check(f"LoRA {type(base).__name__} merged weight", ours["x"].weight, theirs["x"].base_layer.weight, 1e-5)
@@ -1255,9 +1374,12 @@ def test_peft_loads_what_we_export(tmp_path):
     towers, segmenter = reference_siglip(SMALL_SIGLIP), reference_sam(SMALL_SAM)
     towers.load_state_dict(part("siglip."), strict=False), segmenter.load_state_dict(part("sam."), strict=False)
     images, ids, _ = batch(side=70)
-    cases = (("siglip_vision", towers.vision_model, lambda m: m((images - 0.5) / 0.5).last_hidden_state.transpose(1, 2).unflatten(2, (5, 5)), model.siglip.encode_image(images)),
+    cases = (("siglip_vision", towers.vision_model,
+              lambda m: m((images - 0.5) / 0.5).last_hidden_state.transpose(1, 2).unflatten(2, (5, 5)),
+              model.siglip.encode_image(images)),
              ("siglip_text", towers.text_model, lambda m: m(input_ids=ids).pooler_output, model.siglip.encode_text(ids)[1]),
-             ("sam_vision", segmenter.vision_encoder, lambda m: m((batch()[0] - model.sam.mean) / model.sam.std)[0], model.sam.encode_image(batch()[0])))
+             ("sam_vision", segmenter.vision_encoder, lambda m: m((batch()[0] - model.sam.mean) / model.sam.std)[0],
+              model.sam.encode_image(batch()[0])))
     for name, other, output, ours in cases:
         assert relative(output(other), ours) > 1e-3, "the adapters must matter"
         adapted = peft.PeftModel.from_pretrained(other, tmp_path / name).eval()
@@ -1276,13 +1398,17 @@ class Assembly(nn.Module):
         super().__init__()
         peft = pytest.importorskip("peft")
         self.siglip, self.sam = reference_siglip(size.siglip), reference_sam(size.sam)
-        for tower, pattern in () if not size.lora_rank else ((self.sam.vision_encoder, r"(layers\.\d+\.(attn\.(qkv|proj)|mlp\.lin[12]))|(neck\.conv[12])"),
-                               (self.siglip.vision_model, r"encoder\.layers\.\d+\.self_attn\.\w+_proj"),
-                               (self.siglip.text_model, r"(encoder\.layers\.\d+\.self_attn\.\w+_proj)|(head)")):
-            peft.inject_adapter_in_model(peft.LoraConfig(r=size.lora_rank, lora_alpha=16, lora_dropout=dropout, target_modules=pattern), tower)
+        for tower, pattern in () if not size.lora_rank else (
+                (self.sam.vision_encoder, r"(layers\.\d+\.(attn\.(qkv|proj)|mlp\.lin[12]))|(neck\.conv[12])"),
+                (self.siglip.vision_model, r"encoder\.layers\.\d+\.self_attn\.\w+_proj"),
+                (self.siglip.text_model, r"(encoder\.layers\.\d+\.self_attn\.\w+_proj)|(head)")):
+            peft.inject_adapter_in_model(
+                peft.LoraConfig(r=size.lora_rank, lora_alpha=16, lora_dropout=dropout, target_modules=pattern), tower)
         d, c = size.siglip.width, size.sam.prompt
         conv = lambda a, b, k, s, p: nn.ModuleDict(dict(conv=nn.Conv2d(a, b, k, s, p, bias=False), bn=nn.BatchNorm2d(b)))
-        self.prompter = nn.ModuleDict(dict(channel=conv(3 * d, c, 1, 1, 0), spatial=nn.ModuleList([conv(c, c, 3, 2, 1) for _ in range(2)]), project=nn.Conv2d(c, c, 1)))
+        self.prompter = nn.ModuleDict(dict(
+            channel=conv(3 * d, c, 1, 1, 0), spatial=nn.ModuleList([conv(c, c, 3, 2, 1) for _ in range(2)]),
+            project=nn.Conv2d(c, c, 1)))
 
     def position_code(self, n):
         centre = (torch.arange(n, device=self.siglip.logit_scale.device) + 0.5) / n
@@ -1290,7 +1416,8 @@ class Assembly(nn.Module):
         return self.sam.shared_image_embedding(grid).permute(2, 0, 1)[None]
 
     def forward(self, images, ids):
-        mean, std = (torch.tensor(rgb, device=images.device).view(3, 1, 1) for rgb in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+        mean, std = (torch.tensor(rgb, device=images.device).view(3, 1, 1)
+                     for rgb in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
         f_sam = self.sam.vision_encoder((images - mean) / std)[0]
         side = self.siglip.config.vision_config.image_size
         small = F.interpolate((images - 0.5) / 0.5, size=(side, side), mode="bilinear", align_corners=False)
@@ -1300,7 +1427,8 @@ class Assembly(nn.Module):
         text = self.siglip.text_model(input_ids=ids)
         t, s = text.last_hidden_state, text.pooler_output
         scale, bias = self.siglip.logit_scale.exp(), self.siglip.logit_bias
-        cosine = torch.cosine_similarity(v[:, None], torch.cat([t, s[:, None]], 1)[..., None, None], dim=2)       # words, then the sentence
+        # words, then the sentence
+        cosine = torch.cosine_similarity(v[:, None], torch.cat([t, s[:, None]], 1)[..., None, None], dim=2)
         logits = cosine * scale + bias
         words, sentence = logits[:, :-1].sigmoid(), logits[:, -1:]
         x = torch.cat([(v + v * words.mean(1, keepdim=True)) / 2, v * sentence.sigmoid(), v], 1)
@@ -1311,10 +1439,14 @@ class Assembly(nn.Module):
         sparse = self.prompter["project"](x).flatten(2).transpose(1, 2)
         e = f_sam.shape[-1]
         _, dense = self.sam.prompt_encoder(input_points=None, input_labels=None, input_boxes=None,
-                                           input_masks=F.interpolate(sentence, size=(4 * e, 4 * e), mode="bilinear", align_corners=False))
-        masks = self.sam.mask_decoder(image_embeddings=f_sam, image_positional_embeddings=self.position_code(e).expand(len(images), -1, -1, -1),
-                                      sparse_prompt_embeddings=sparse[:, None], dense_prompt_embeddings=dense, multimask_output=False)[0]
-        return masks[:, 0], dict(f_sam=f_sam, v=v, t=t, s=s, word_map=words, sentence_map=sentence[:, 0], sparse=sparse, dense=dense)
+                                           input_masks=F.interpolate(sentence, size=(4 * e, 4 * e), mode="bilinear",
+                                                                     align_corners=False))
+        masks = self.sam.mask_decoder(image_embeddings=f_sam,
+                                      image_positional_embeddings=self.position_code(e).expand(len(images), -1, -1, -1),
+                                      sparse_prompt_embeddings=sparse[:, None], dense_prompt_embeddings=dense,
+                                      multimask_output=False)[0]
+        return masks[:, 0], dict(f_sam=f_sam, v=v, t=t, s=s, word_map=words, sentence_map=sentence[:, 0], sparse=sparse,
+                                 dense=dense)
 
 
 @pytest.mark.parametrize("mode, rank", [("eval", 4), ("train", 4), ("train", 0)])
@@ -1332,7 +1464,8 @@ def test_rsrefseg_parity(mode, rank):
         check(f"{mode}: {name}", taps[name], value)
     check(f"{mode}: mask logits", mine, logits)
     mode = f"{mode}, rank {rank}"
-    theirs_loss = 5 * F.binary_cross_entropy_with_logits(F.interpolate(logits, size=masks.shape[2:], mode="bilinear", align_corners=False), masks.float())
+    theirs_loss = 5 * F.binary_cross_entropy_with_logits(
+        F.interpolate(logits, size=masks.shape[2:], mode="bilinear", align_corners=False), masks.float())
     ours_loss = ours.loss(mine, masks)
     check(f"{mode}: loss", ours_loss, theirs_loss, 1e-5)
     ours_loss.backward(), theirs_loss.backward()
@@ -1371,8 +1504,10 @@ def trained(toy, tmp_path_factory):
 
 def test_train_writes_what_it_says(trained):
     rows = [json.loads(row) for row in (trained / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if row["kind"] == "train"] == [2, 4, 6] and rows[-1]["kind"] == "test" and rows[-1]["samples"] == 32
-    assert {path.name for path in trained.iterdir()} >= {"last.safetensors", "best.safetensors", "resume.pt", "log.jsonl", "val_000003.jpg", "val_000006.jpg"}
+    assert ([row["step"] for row in rows if row["kind"] == "train"] == [2, 4, 6]
+            and rows[-1]["kind"] == "test" and rows[-1]["samples"] == 32)
+    assert {path.name for path in trained.iterdir()} >= {
+        "last.safetensors", "best.safetensors", "resume.pt", "log.jsonl", "val_000003.jpg", "val_000006.jpg"}
     assert Image.open(trained / "val_000003.jpg").size == (5 * 230, 24 + 5 * 252)
     about, _ = rsrefseg.read_checkpoint(trained / "last.safetensors")
     assert about["step"] == 6 and about["args"]["sam"] == "tiny" and "tokenizer" in about
@@ -1386,7 +1521,8 @@ def test_curves_where_matplotlib_is_installed(trained, tmp_path):
 
 
 def losses(folder):
-    return [(row["step"], row["loss"], row["gnorm"]) for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if row["kind"] == "train"]
+    return [(row["step"], row["loss"], row["gnorm"])
+            for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if row["kind"] == "train"]
 
 
 def same_run(a, b):
@@ -1408,8 +1544,9 @@ SMALL_RUN = """if True:
 def small_run(toy, tmp_path, monkeypatch):
     """The arguments of a LoRA run with dropout, accumulation and worker processes, 9 steps, as a process of its own."""
     _, siglip_folder, sam_folder = small_from_files(tmp_path, monkeypatch)
-    return ["--sam", "small", "--data", str(toy), "--siglip", str(siglip_folder), "--sam-weights", str(sam_folder), "--batch-size", "8", "--total-batch", "32", "--epochs", "3",
-            "--log-every", "1", "--workers", "1", "--save-every", "1", "--lr", "1e-3", "--warmup-epochs", "1", "--device", "cpu", "--amp", "off"]
+    return ["--sam", "small", "--data", str(toy), "--siglip", str(siglip_folder), "--sam-weights", str(sam_folder),
+            "--batch-size", "8", "--total-batch", "32", "--epochs", "3", "--log-every", "1", "--workers", "1",
+            "--save-every", "1", "--lr", "1e-3", "--warmup-epochs", "1", "--device", "cpu", "--amp", "off"]
 
 
 def test_stopped_runs_resume_to_the_bit(small_run, tmp_path):
@@ -1418,7 +1555,8 @@ def test_stopped_runs_resume_to_the_bit(small_run, tmp_path):
     for number in (signal.SIGINT, signal.SIGTERM):
         out, stops = tmp_path / number.name, 0
         while True:
-            process = subprocess.Popen([sys.executable, "-c", SMALL_RUN, *small_run, "--out", out, *["--resume"] * (stops > 0)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            process = subprocess.Popen([sys.executable, "-c", SMALL_RUN, *small_run, "--out", out, *["--resume"] * (stops > 0)],
+                                       cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             text = ""
             for line in process.stdout:
                 text += line
@@ -1441,7 +1579,8 @@ def kill_at_random(arguments, whole, out, kills, seed):
         shutil.rmtree(out, ignore_errors=True)
         while True:
             resume = ["--resume"] if (out / "resume.pt").exists() else []
-            process = subprocess.Popen([sys.executable, "-c", SMALL_RUN, *arguments, "--out", out, *resume], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+            process = subprocess.Popen([sys.executable, "-c", SMALL_RUN, *arguments, "--out", out, *resume], cwd=HERE,
+                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
             timer = threading.Timer(rng.uniform(2, 7) if hits < kills else 600, os.killpg, (process.pid, signal.SIGKILL))
             timer.start()
             text = process.stdout.read()
@@ -1468,7 +1607,8 @@ def test_tiny_resumes_to_the_bit(toy, tmp_path):
     """Without LoRA: every weight, BatchNorm's statistics, the cached data set, a checkpoint between two validations."""
     common = [HERE / "train.py", "--sam", "tiny", "--data", toy, "--epochs", 2, "--log-every", 1, "--save-every", 2]
     run(*common, "--out", tmp_path / "whole")
-    for cut, step, validated in ((2, 2, 0), (3, 3, 0), (4, 3, 3)):       # dies in that writing of resume.pt; what the one before it left
+    # dies in that writing of resume.pt; what the one before it left
+    for cut, step, validated in ((2, 2, 0), (3, 3, 0), (4, 3, 3)):
         code = f"""if True:
             import os, sys, torch, train
             save, calls = torch.save, []
@@ -1486,15 +1626,20 @@ def test_tiny_resumes_to_the_bit(toy, tmp_path):
     rows = data.read_pickle(tmp_path / "fewer" / "rrsisd" / "refs(unc).p")
     (tmp_path / "fewer" / "rrsisd" / "refs(unc).p").write_bytes(pickle.dumps(rows[4:]))
     shutil.copytree(tmp_path / "whole", tmp_path / "moved")
-    assert re.search("another recipe: --data .*, rows of train .* -> ", run(*[tmp_path / "fewer" if x == toy else x for x in common], "--out", tmp_path / "moved", "--resume", fails=True))
+    assert re.search("another recipe: --data .*, rows of train .* -> ",
+                     run(*[tmp_path / "fewer" if x == toy else x for x in common], "--out", tmp_path / "moved", "--resume",
+                         fails=True))
     assert "c holds no run to resume" in run(*common, "--out", tmp_path / "c", "--resume", fails=True)
-    assert "whole already holds a run (resume.pt, last.safetensors, best.safetensors): continue it with --resume" in run(*common, "--out", tmp_path / "whole", fails=True)
+    assert ("whole already holds a run (resume.pt, last.safetensors, best.safetensors): continue it with --resume"
+            in run(*common, "--out", tmp_path / "whole", fails=True))
 
 
 def torchrun(processes, *arguments):
     """A running job of so many processes, each with one thread."""
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *map(str, arguments)], cwd=HERE,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                             "--nproc-per-node", str(processes), *map(str, arguments)],
+                            cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
 
 
 def finish(process):
@@ -1506,17 +1651,20 @@ def test_two_processes_follow_one(toy, tmp_path):
     """24 steps, the same total batch dealt to two processes (gloo): each micro batch, and so BatchNorm's statistics in training,
     holds the same samples, so losses, gradients and weights agree. The running statistics, which the one process gathers from all
     micro batches and the two from the first process's, are left out. Every validation sample is scored once."""
-    common = ["--sam", "tiny", "--data", toy, "--epochs", 8, "--log-every", 1, "--val-every", 8, "--batch-size", 4, "--device", "cpu", "--workers", 1]
+    common = ["--sam", "tiny", "--data", toy, "--epochs", 8, "--log-every", 1, "--val-every", 8, "--batch-size", 4,
+              "--device", "cpu", "--workers", 1]
     run(HERE / "train.py", *common, "--out", tmp_path / "one")
     finish(torchrun(2, HERE / "train.py", *common, "--out", tmp_path / "two"))
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     worst = max(max(abs(a[1] / b[1] - 1), abs(a[2] / b[2] - 1)) for a, b in zip(one, two, strict=True))
     weights = [rsrefseg.read_checkpoint(tmp_path / name / "last.safetensors")[1] for name in ("one", "two")]
-    moved = max((relative(weights[1][key], value), key) for key, value in weights[0].items() if "running" not in key and value.is_floating_point() and not key.endswith("k_proj.bias"))
+    moved = max((relative(weights[1][key], value), key) for key, value in weights[0].items()
+                if "running" not in key and value.is_floating_point() and not key.endswith("k_proj.bias"))
     print(f"  {len(one)} steps: losses and gradient norms within {worst:.1e}, weights {moved[0]:.1e} ({moved[1]})")
     assert len(one) == 24 and worst < 1e-4 and moved[0] < 1e-3
     rows = [json.loads(row) for row in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
-    assert [row["samples"] for row in rows if row["kind"] in ("val", "test")] == [len(data.RefSegDataset(toy, split, 96)) for split in ("val", "test")]
+    assert [row["samples"] for row in rows if row["kind"] in ("val", "test")] == [
+        len(data.RefSegDataset(toy, split, 96)) for split in ("val", "test")]
 
 
 SCORE = """if True:
@@ -1538,7 +1686,8 @@ def test_scores_are_the_same_on_any_number_of_processes(toy, trained, tmp_path):
 
 
 def test_a_dead_process_ends_the_job_and_any_number_resumes(toy, tmp_path):
-    common = [HERE / "train.py", "--sam", "tiny", "--data", toy, "--epochs", 3, "--log-every", 1, "--save-every", 1, "--batch-size", 4, "--device", "cpu", "--workers", 0]
+    common = [HERE / "train.py", "--sam", "tiny", "--data", toy, "--epochs", 3, "--log-every", 1, "--save-every", 1,
+              "--batch-size", 4, "--device", "cpu", "--workers", 0]
     run(*common, "--out", tmp_path / "whole")
     out = tmp_path / "out"
     process = torchrun(2, *common, "--out", out)
@@ -1558,7 +1707,8 @@ def test_a_dead_process_ends_the_job_and_any_number_resumes(toy, tmp_path):
             break
     said += process.stdout.read()
     process.wait(60)
-    assert re.search(r"SIGTERM after step [678] of 9: saved. Go on with\n +torchrun --nproc-per-node 2 train.py .*--resume", said), said
+    assert re.search(r"SIGTERM after step [678] of 9: saved. Go on with\n +"
+                     r"torchrun --nproc-per-node 2 train.py .*--resume", said), said
     assert "resumed" in run(*common, "--out", out, "--resume")                      # one process finishes what two began
     whole, pieces = losses(tmp_path / "whole"), losses(out)
     assert len(pieces) == 9 and all(abs(a[1] / b[1] - 1) < 1e-4 for a, b in zip(whole, pieces, strict=True))
@@ -1569,19 +1719,23 @@ def test_a_full_disk_is_reported_and_costs_nothing(toy, tmp_path):
     run(*common)
     before = {name: (tmp_path / "run" / name).read_bytes() for name in ("resume.pt", "last.safetensors", "best.safetensors")}
     for name in before:
-        with pytest.raises(OSError, match=f"cannot write .*{name} .*Is the disk full.*is whole"), rsrefseg.whole_file(tmp_path / "run" / name) as partial:
+        with (pytest.raises(OSError, match=f"cannot write .*{name} .*Is the disk full.*is whole"),
+              rsrefseg.whole_file(tmp_path / "run" / name) as partial):
             partial.symlink_to("/dev/full")
             partial.write_bytes(b"x" * 100_000) if name != "resume.pt" else torch.save(torch.zeros(100_000), partial)
-    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before and not list((tmp_path / "run").glob("*.partial"))
+    assert ({name: (tmp_path / "run" / name).read_bytes() for name in before} == before
+            and not list((tmp_path / "run").glob("*.partial")))
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "resume.pt.partial").symlink_to("/dev/full")
     text = run(*common[:-3], tmp_path / "new", *common[-2:], fails=True)
-    assert re.search("error: cannot write .*resume.pt .*No space left|error: cannot write .*resume.pt .*disk full", text.splitlines()[-1]), text
+    assert re.search("error: cannot write .*resume.pt .*No space left|error: cannot write .*resume.pt .*disk full",
+                     text.splitlines()[-1]), text
 
 
 def test_steps_without_a_finite_gradient(toy, tmp_path, monkeypatch, capsys):
     """They are named with their samples and leave the weights alone; too many in a row end the run with advice."""
-    common, real, calls = ["--sam", "tiny", "--data", str(toy), "--epochs", "2", "--log-every", "1", "--device", "cpu"], RSRefSeg.encode, []
+    common, real, calls = (["--sam", "tiny", "--data", str(toy), "--epochs", "2", "--log-every", "1", "--device", "cpu"],
+                           RSRefSeg.encode, [])
 
     def broken(self, images):                                            # what the towers give overflows: BatchNorm sees it too
         calls.append(1) if self.training else None
@@ -1598,7 +1752,8 @@ def test_steps_without_a_finite_gradient(toy, tmp_path, monkeypatch, capsys):
     assert all(tensor.isfinite().all() for tensor in rsrefseg.read_checkpoint(tmp_path / "a" / "last.safetensors")[1].values())
     monkeypatch.setattr(train, "SKIPS", 3)
     bad = set(range(len(calls) + 2, 10_000))
-    with pytest.raises(ValueError, match="3 steps in a row, to step 4, had no finite gradient, the last with samples .*lower --lr"):
+    with pytest.raises(ValueError, match="3 steps in a row, to step 4, had no finite gradient, "
+                                         "the last with samples .*lower --lr"):
         train.main([*common, "--out", str(tmp_path / "b")])
 
 
@@ -1627,7 +1782,8 @@ def test_bench_command():
 def test_segment_command_and_method(trained, toy, tmp_path):
     photo = Image.open(next((toy / "images/rrsisd/JPEGImages").glob("*.jpg"))).resize((130, 75))
     photo.save(tmp_path / "photo.png")
-    text = run(HERE / "rsrefseg.py", tmp_path / "photo.png", "the ship", "A red vehicle, on the left!", "ship " * 100, "--checkpoint", trained / "last.safetensors", "--out", tmp_path / "out")
+    text = run(HERE / "rsrefseg.py", tmp_path / "photo.png", "the ship", "A red vehicle, on the left!", "ship " * 100,
+               "--checkpoint", trained / "last.safetensors", "--out", tmp_path / "out")
     for stem in ("photo_1_the_ship", "photo_2_a_red_vehicle_on_the_left", "photo_3_" + "_".join(["ship"] * 16)):
         assert f"{stem}_mask.png" in text and Image.open(tmp_path / "out" / f"{stem}_mask.png").size == (130, 75)
         assert Image.open(tmp_path / "out" / f"{stem}_overlay.png").size == (130, 75)
@@ -1644,19 +1800,23 @@ def test_segment_command_and_method(trained, toy, tmp_path):
 
 
 def test_windows_cover_a_scene_without_seams(trained, monkeypatch):
-    """With a stand-in that answers each pixel by its own brightness, windows of any size give the mask of the whole; one window is the whole."""
+    """With a stand-in that answers each pixel by its own brightness, windows of any size give the mask of the whole; one
+    window is the whole."""
     for length, tile in ((100, 30), (96, 96), (50, 96), (97, 96), (1000, 7), (64, None)):
         size, starts = rsrefseg.windows(length, tile)
         assert starts[0] == 0 and starts[-1] + size == length and all(b - a <= size / 2 + 1 for a, b in zip(starts, starts[1:]))
     model = RSRefSeg.from_checkpoint(trained / "last.safetensors")
-    scene = Image.fromarray(np.kron(np.random.default_rng(0).integers(0, 2, (9, 12), np.uint8) * 255, np.ones((24, 24), np.uint8))).convert("RGB")       # 216 x 288
+    scene = Image.fromarray(np.kron(np.random.default_rng(0).integers(0, 2, (9, 12), np.uint8) * 255,
+                                    np.ones((24, 24), np.uint8))).convert("RGB")       # 216 x 288
     whole = model.segment(scene, ["the ship", "the vehicle"])
     assert torch.equal(model.segment(scene, ["the ship", "the vehicle"], tile=300), whole)
     seen = []
-    monkeypatch.setattr(RSRefSeg, "forward", lambda self, images, ids, mask: seen.append(1) or (images.mean(1, keepdim=True) - 0.5).expand(len(ids), -1, -1, -1))
+    monkeypatch.setattr(RSRefSeg, "forward", lambda self, images, ids, mask: (
+        seen.append(1) or (images.mean(1, keepdim=True) - 0.5).expand(len(ids), -1, -1, -1)))
     scores, expected = [], np.asarray(scene.convert("L")) > 127
     found = model.segment(scene, ["the ship", "the vehicle"], tile=96, scores=scores)
-    assert (found.numpy() == expected).all() and len(seen) == 4 * 5 and all(0.5 < score < 0.63 for score in scores)       # sigmoid(0.5) = 0.62
+    assert ((found.numpy() == expected).all() and len(seen) == 4 * 5
+            and all(0.5 < score < 0.63 for score in scores))       # sigmoid(0.5) = 0.62
     scores.clear()
     assert model.train().segment(scene, ["the ship"]).any() and model.training
     for nothing in ([], ["the ship", " "]):
@@ -1672,11 +1832,14 @@ def test_masks_of_georeferenced_scenes(trained, toy, tmp_path):
     picture = np.asarray(Image.open(next((toy / "images/rrsisd/JPEGImages").glob("*.jpg"))))
     north = rasterio.Affine(0.5, 0, 431000, 0, -0.5, 5411000)
     for name, transform in (("north", north), ("turned", rasterio.Affine(0.43, -0.25, 431000, -0.25, -0.43, 5411000))):
-        with rasterio.open(tmp_path / f"{name}.tif", "w", driver="GTiff", width=256, height=256, count=3, dtype="uint8", crs="EPSG:32631", transform=transform) as file:
+        with rasterio.open(tmp_path / f"{name}.tif", "w", driver="GTiff", width=256, height=256, count=3, dtype="uint8",
+                           crs="EPSG:32631", transform=transform) as file:
             file.write(picture.transpose(2, 0, 1))
-        text = run(HERE / "rsrefseg.py", tmp_path / f"{name}.tif", "the ship", "--checkpoint", trained / "last.safetensors", "--out", tmp_path / "out", "--tile", "128")
+        text = run(HERE / "rsrefseg.py", tmp_path / f"{name}.tif", "the ship", "--checkpoint", trained / "last.safetensors",
+                   "--out", tmp_path / "out", "--tile", "128")
         with rasterio.open(tmp_path / "out" / f"{name}_1_the_ship_mask.tif") as mask:
-            assert mask.crs.to_epsg() == 32631 and mask.transform.almost_equals(transform) and mask.shape == (256, 256) and set(np.unique(mask.read())) <= {0, 255}, text
+            assert (mask.crs.to_epsg() == 32631 and mask.transform.almost_equals(transform) and mask.shape == (256, 256)
+                    and set(np.unique(mask.read())) <= {0, 255}), text
 
 
 def test_folders_json_and_the_look_inside(trained, toy, tmp_path):
@@ -1685,27 +1848,35 @@ def test_folders_json_and_the_look_inside(trained, toy, tmp_path):
         Image.open(path).resize((200, 150)).save(tmp_path / "in" / f"{number}.png")
     (tmp_path / "in" / "notes.txt").write_text("no image")
     (tmp_path / "phrases.txt").write_text("the ship\n\na gray storage tank on the left\n")
-    command = [HERE / "rsrefseg.py", tmp_path / "in", "--phrases", tmp_path / "phrases.txt", "--checkpoint", trained / "last.safetensors", "--out", tmp_path / "out"]
+    command = [HERE / "rsrefseg.py", tmp_path / "in", "--phrases", tmp_path / "phrases.txt",
+               "--checkpoint", trained / "last.safetensors", "--out", tmp_path / "out"]
     records = [json.loads(line) for line in run(*command, "--json", "--explain").splitlines()]
-    assert [(Path(record["image"]).name, record["phrase"]) for record in records] == [(f"{i}.png", phrase) for i in range(2) for phrase in ("the ship", "a gray storage tank on the left")]
+    assert [(Path(record["image"]).name, record["phrase"]) for record in records] == [
+        (f"{i}.png", phrase) for i in range(2) for phrase in ("the ship", "a gray storage tank on the left")]
     for record in records:
         mask = np.asarray(Image.open(record["mask"]))
         assert mask.sum() == record["area"] and mask.shape == (150, 200) and Image.open(record["overlay"]).size == (200, 150)
         if record["box"]:
             x1, y1, x2, y2 = record["box"]
-            assert mask[y1:y2, x1:x2].sum() == record["area"] and mask[y1].any() and mask[:, x2 - 1].any() and 0.5 < record["score"] <= 1
+            assert (mask[y1:y2, x1:x2].sum() == record["area"] and mask[y1].any() and mask[:, x2 - 1].any()
+                    and 0.5 < record["score"] <= 1)
         else:
             assert record["area"] == record["score"] == 0
-    words = 8                                                               # with EOS; beside them image, mean, sentence map, token and mask
+    words = 8                                                   # with EOS; beside them image, mean, sentence map, token and mask
     assert Image.open(records[1]["explained"]).size == (4 * 264, math.ceil((words + 5) / 4) * 282)
-    assert "say what to segment" in run(HERE / "rsrefseg.py", tmp_path / "in", "--checkpoint", trained / "last.safetensors", fails=True)
-    (tmp_path / "in" / "1.jpg").write_bytes(b"no image")                    # named like another, and broken: the others still count
-    text = run(*command[:1], tmp_path / "in", "the ship", "--checkpoint", trained / "last.safetensors", "--out", tmp_path / "in", fails=True)
-    text += run(*command[:1], tmp_path / "in", "the ship", "--checkpoint", trained / "last.safetensors", "--out", tmp_path / "in", fails=True)
-    assert text.count("error: 1 of 3 images: ") == 2 and len(list((tmp_path / "in").glob("*_overlay.png"))) == 2 and (tmp_path / "in" / "1_png_1_the_ship_mask.png").exists()
+    assert "say what to segment" in run(HERE / "rsrefseg.py", tmp_path / "in", "--checkpoint", trained / "last.safetensors",
+                                        fails=True)
+    (tmp_path / "in" / "1.jpg").write_bytes(b"no image")        # named like another, and broken: the others still count
+    text = run(*command[:1], tmp_path / "in", "the ship", "--checkpoint", trained / "last.safetensors",
+               "--out", tmp_path / "in", fails=True)
+    text += run(*command[:1], tmp_path / "in", "the ship", "--checkpoint", trained / "last.safetensors",
+                "--out", tmp_path / "in", fails=True)
+    assert (text.count("error: 1 of 3 images: ") == 2 and len(list((tmp_path / "in").glob("*_overlay.png"))) == 2
+            and (tmp_path / "in" / "1_png_1_the_ship_mask.png").exists())
     assert "--explain shows the scene seen whole" in run(*command, "--explain", "--tile", 64, fails=True)
     (tmp_path / "empty").mkdir()
-    assert "empty holds no images" in run(HERE / "rsrefseg.py", tmp_path / "empty", "ship", "--checkpoint", trained / "last.safetensors", fails=True)
+    assert "empty holds no images" in run(HERE / "rsrefseg.py", tmp_path / "empty", "ship",
+                                          "--checkpoint", trained / "last.safetensors", fails=True)
 
 
 def test_what_the_mask_token_looks_at(trained):
@@ -1729,8 +1900,9 @@ def test_lora_training_from_weight_files(toy, tmp_path, monkeypatch, capsys):
     """The way of b and l through train.py at small size: frozen towers from files, accumulation, autocast, workers."""
     _, siglip_folder, sam_folder = small_from_files(tmp_path, monkeypatch)
     for amp in ("bf16", "fp16", "off"):
-        train.main(["--sam", "small", "--data", str(toy), "--out", str(tmp_path / amp), "--siglip", str(siglip_folder), "--sam-weights", str(sam_folder),
-                    "--batch-size", "8", "--total-batch", "16", "--amp", amp, "--workers", "1", "--epochs", "3", "--warmup-epochs", "1", "--lr", "1e-3", "--log-every", "6"])
+        train.main(["--sam", "small", "--data", str(toy), "--out", str(tmp_path / amp), "--siglip", str(siglip_folder),
+                    "--sam-weights", str(sam_folder), "--batch-size", "8", "--total-batch", "16", "--amp", amp,
+                    "--workers", "1", "--epochs", "3", "--warmup-epochs", "1", "--lr", "1e-3", "--log-every", "6"])
         rows = [json.loads(row) for row in (tmp_path / amp / "log.jsonl").read_text().splitlines()]
         losses = [row["loss"] for row in rows if row["kind"] == "train"]
         print(f"  small with LoRA, {amp}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
@@ -1750,22 +1922,27 @@ def test_training_starts_from_a_checkpoint(toy, tmp_path, monkeypatch):
     monkeypatch.setitem(rsrefseg.SIZES, "tiny", Size("tiny", "tiny", 0))
     model.save(tmp_path / "own.safetensors")
     model.export_official(tmp_path / "official.pth")
-    common = ["--sam", "small", "--data", str(toy), "--workers", "0", "--epochs", "1", "--batch-size", "8", "--total-batch", "16", "--warmup-epochs", "0", "--lr", "1e-12", "--weight-decay", "0"]
-    monkeypatch.setattr(train, "SIGLIP_HUB", str(siglip_folder))                                # own checkpoints know their towers
+    common = ["--sam", "small", "--data", str(toy), "--workers", "0", "--epochs", "1", "--batch-size", "8",
+              "--total-batch", "16", "--warmup-epochs", "0", "--lr", "1e-12", "--weight-decay", "0"]
+    monkeypatch.setattr(train, "SIGLIP_HUB", str(siglip_folder))                              # own checkpoints know their towers
     before = lora.trained_state_dict(model)
     for name in ("own.safetensors", "official.pth"):
         train.main([*common, "--out", str(tmp_path / name[:3]), "--init", str(tmp_path / name)])
         after = RSRefSeg.from_checkpoint(tmp_path / name[:3] / "last.safetensors")
-        same = {key for key, tensor in lora.trained_state_dict(after).items() if relative(tensor.float(), before[key].float()) < 1e-6}
-        assert set(before) - same <= {key for key in before if ".bn." in key and "running" in key or "batches" in key}, "only statistics may move"
-        assert all(torch.equal(tensor, after.state_dict()[key]) for key, tensor in model.state_dict().items() if key not in before)
+        same = {key for key, tensor in lora.trained_state_dict(after).items()
+                if relative(tensor.float(), before[key].float()) < 1e-6}
+        assert set(before) - same <= {
+            key for key in before if ".bn." in key and "running" in key or "batches" in key}, "only statistics may move"
+        assert all(torch.equal(tensor, after.state_dict()[key]) for key, tensor in model.state_dict().items()
+                   if key not in before)
     (tmp_path / "official.pth").rename(tmp_path / "moved.pth")
     with pytest.raises(FileNotFoundError, match="official.pth: no such checkpoint"):
         RSRefSeg.from_checkpoint(tmp_path / "off" / "last.safetensors")
     RSRefSeg.from_checkpoint(tmp_path / "off" / "last.safetensors", sam_weights=tmp_path / "moved.pth")
     (tmp_path / "moved.pth").rename(tmp_path / "official.pth")
     assert after.backbones == dict(official=str(tmp_path / "official.pth"), siglip=str(siglip_folder))
-    for name, rest, message in (("own.safetensors", ["--lora-alpha", "2"], "own.safetensors was trained otherwise: give --lora-alpha 16"),
+    for name, rest, message in (("own.safetensors", ["--lora-alpha", "2"],
+                                 "own.safetensors was trained otherwise: give --lora-alpha 16"),
                                 ("official.pth", ["--lora-rank", "2"], "official.pth was trained otherwise: give --lora-rank 4"),
                                 ("absent.pth", [], "absent.pth: no such checkpoint")):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -1774,10 +1951,12 @@ def test_training_starts_from_a_checkpoint(toy, tmp_path, monkeypatch):
 
 def test_tiny_learns_to_follow_the_phrase(toy, tmp_path):
     """Half a minute on the 24 training scenes: it must fit them, and fail them when the phrases are exchanged."""
-    run(HERE / "train.py", "--sam", "tiny", "--data", toy, "--out", tmp_path, "--epochs", 60, "--val-every", 60, "--warmup-epochs", 4)
+    run(HERE / "train.py", "--sam", "tiny", "--data", toy, "--out", tmp_path, "--epochs", 60, "--val-every", 60,
+        "--warmup-epochs", 4)
     model = RSRefSeg.from_checkpoint(tmp_path / "last.safetensors")
     scenes = data.RefSegDataset(toy, "train", model.image_size)
-    plain, mixed = (evaluate.scores(evaluate.evaluate(model, scenes, 16, shuffle_phrases=shuffle))["gIoU"] for shuffle in (False, True))
+    plain, mixed = (evaluate.scores(evaluate.evaluate(model, scenes, 16, shuffle_phrases=shuffle))["gIoU"]
+                    for shuffle in (False, True))
     print(f"  24 scenes, 180 steps: gIoU {plain:.1f}, with shuffled phrases {mixed:.1f}")
     assert plain > 50 and plain - mixed > 25
 
@@ -1794,13 +1973,16 @@ def test_commands_end_in_one_clear_line(trained, toy, tmp_path):
     segment, new = [HERE / "rsrefseg.py", photo, "ship", "--checkpoint"], tmp_path / "new"
     for arguments, message in (
             ([HERE / "train.py", "--sam", "b", "--data", tmp_path], "holds no data set.*--sam tiny"),
-            ([HERE / "train.py", "--sam", "b", "--data", toy, "--out", new, "--siglip", tmp_path], "tokenizer.json is missing.*--sam tiny"),
+            ([HERE / "train.py", "--sam", "b", "--data", toy, "--out", new, "--siglip", tmp_path],
+             "tokenizer.json is missing.*--sam tiny"),
             ([HERE / "train.py", "--sam", "tiny", "--batch-size", 3], "no multiple of --batch-size 3"),
             ([HERE / "train.py", "--sam", "tiny", "--log-every", 0], "--log-every: '0' is not a whole number"),
             ([HERE / "train.py", "--sam", "tiny", "--lora-rank", 4], "--sam tiny has no pretrained towers"),
             ([HERE / "train.py", "--sam", "tiny", "--device", "nonsense"], "'nonsense' cannot be used here"),
-            ([HERE / "train.py", "--sam", "tiny", "--data", tmp_path / "bad", "--out", new, "--workers", 1], "jpg is not a readable image"),
-            ([HERE / "train.py", "--sam", "tiny", "--data", toy, "--out", trained, "--resume", "--lr", 1], "another recipe: .*--lr 0.002 -> 1.0"),
+            ([HERE / "train.py", "--sam", "tiny", "--data", tmp_path / "bad", "--out", new, "--workers", 1],
+             "jpg is not a readable image"),
+            ([HERE / "train.py", "--sam", "tiny", "--data", toy, "--out", trained, "--resume", "--lr", 1],
+             "another recipe: .*--lr 0.002 -> 1.0"),
             ([HERE / "evaluate.py", tmp_path / "x.safetensors"], "x.safetensors: no such checkpoint"),
             ([HERE / "evaluate.py", checkpoint, "--data", tmp_path], "holds no data set"),
             ([HERE / "evaluate.py", checkpoint, "--data", tmp_path / "bad", "--workers", 1], "jpg is not a readable image"),
@@ -1842,7 +2024,8 @@ def test_readme_is_true():
     anchors = {"#" + re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)", text, re.M)}
     for linked in re.findall(r"\]\((?!http)([^)]+)\)", readme):
         assert linked in anchors or (HERE / linked).is_file(), linked
-    for name, quoted in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", readme, re.S):       # the walk through the model quotes the code
+    # the walk through the model quotes the code
+    for name, quoted in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", readme, re.S):
         for quote in quoted.splitlines():
             assert any(line.partition("  #")[0].rstrip() == quote for line in (HERE / name).read_text().splitlines()), quote
 
@@ -1850,8 +2033,9 @@ def test_readme_is_true():
 @pytest.mark.slow
 def test_parity_at_full_size():
     pytest.importorskip("peft")
-    text = run(HERE / "test_rsrefseg.py", "parity", "b")   # a process of its own, whose memory counts; before the test below, whose
-                                                           # memory pytest's process may keep: both together are too much for 24 GB
+    text = run(HERE / "test_rsrefseg.py", "parity", "b")   # a process of its own, whose memory counts; before the test below,
+                                                           # whose memory pytest's process may keep: both together are too
+                                                           # much for 24 GB
     print(text)
     assert "| mask logits (1, 256, 256) |" in text and float(re.search(r"whole comparison ([\d.]+) GiB", text)[1]) < 20
 
@@ -1945,7 +2129,8 @@ def full_size_parity(size, folder):
     for tower, unused in (("siglip", set()), ("sam", sam.UNUSED)):
         (folder / tower).mkdir(parents=True)
         save_file({name.removeprefix(f"{tower}."): theirs.state_dict()[key].contiguous() for key, name in names.items()
-                   if key.startswith(f"{tower}.") and name.removeprefix(f"{tower}.") not in unused}, folder / tower / "model.safetensors")
+                   if key.startswith(f"{tower}.") and name.removeprefix(f"{tower}.") not in unused},
+                  folder / tower / "model.safetensors")
     data.toy_tokenizer().save(str(folder / "siglip" / "tokenizer.json"))
     images, ids, _ = batch(1, 1, 9, 1024)
     with torch.no_grad():
@@ -1965,7 +2150,8 @@ def full_size_parity(size, folder):
     losses, gradients, after = training_steps(theirs, lambda: theirs(images, ids)[0], named)
     del theirs, reference, named
 
-    kinds = {dtype: subprocess.run([sys.executable, "-c", LOAD, size, folder / "siglip", folder / "sam", dtype], cwd=HERE, check=True, text=True, stdout=subprocess.PIPE).stdout.split()
+    kinds = {dtype: subprocess.run([sys.executable, "-c", LOAD, size, folder / "siglip", folder / "sam", dtype],
+                                   cwd=HERE, check=True, text=True, stdout=subprocess.PIPE).stdout.split()
              for dtype in ("float32", "bfloat16")}
     ours = RSRefSeg.from_pretrained(size, folder / "siglip", folder / "sam", lora_dropout=0.0).eval()
     ours.load_state_dict(rest, strict=False)
@@ -1979,13 +2165,15 @@ def full_size_parity(size, folder):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(frozen(images, ids), half), "frozen weights in bf16 are the bits that autocast makes of fp32"
     del frozen
-    rows = [(f"{name} {tuple(stages[name].shape[1:])}", relative(taps[name], stages[name]), 1e-3) for name in ("f_sam", "v", "t", "s", "word_map", "sentence_map", "sparse", "dense")]
+    rows = [(f"{name} {tuple(stages[name].shape[1:])}", relative(taps[name], stages[name]), 1e-3)
+            for name in ("f_sam", "v", "t", "s", "word_map", "sentence_map", "sparse", "dense")]
     rows.append((f"mask logits {tuple(mine.shape[1:])}", relative(mine, logits), 1e-3))
     ours.train()
     parameters = {name: p for name, p in ours.named_parameters() if p.requires_grad}
     my_losses, my_gradients, my_after = training_steps(ours, lambda: ours(images, ids), parameters)
     rows.append(("loss of each of 3 steps", max(abs(a - b) / b for a, b in zip(my_losses, losses)), 1e-5))
-    zero = {name for name in gradients if name.endswith("k_proj.bias") or not gradients[name].any()}       # by softmax, or masks 2-4
+    # by softmax, or masks 2-4
+    zero = {name for name in gradients if name.endswith("k_proj.bias") or not gradients[name].any()}
     assert all(my_gradients[name].norm() < 1e-3 * max(1e-3, my_gradients[name.replace("bias", "weight")].norm()) for name in zero)
     norms = {name: abs((my_gradients[name].norm() / gradients[name].norm()).item() - 1) for name in gradients.keys() - zero}
     whole = {name: relative(my_gradients[name], gradients[name]) for name in gradients.keys() - zero}
@@ -1993,16 +2181,20 @@ def full_size_parity(size, folder):
     rows.append(("each gradient, whole", max(whole.values()), 1e-2))
     moved = {name: (my_after[name] - rest[name], after[name] - rest[name]) for name in norms}
     rows.append(("each parameter after 3 AdamW steps", max(relative(my_after[name], after[name]) for name in norms), 1e-3))
-    rows.append(("what 3 AdamW steps changed, together", relative(torch.cat([a.flatten() for a, _ in moved.values()]), torch.cat([b.flatten() for _, b in moved.values()])), 1e-2))
+    rows.append(("what 3 AdamW steps changed, together",
+                 relative(torch.cat([a.flatten() for a, _ in moved.values()]),
+                          torch.cat([b.flatten() for _, b in moved.values()])), 1e-2))
     # Random weights put the threshold anywhere; at the median logit half of the mask is foreground. At 0: to compare with.
     for name, level, bound in (("at the median logit", mine.median(), 1e-2), ("at logit 0", 0, math.inf)):
         for who, logits_in_half, most in (("bf16", half, bound), ("the reference's bf16", their_half, math.inf)):
             a, b = logits_in_half > level, mine > level
             rows.append((f"1 - IoU of {who} mask with fp32's, {name}", 1 - ((a & b).sum() / (a | b).sum()).item(), most))
-    for dtype, (memory, time, kept, seconds, reading) in kinds.items():
-        print(f"  {size}, {dtype}: loading takes {float(memory):.3f} x the {float(kept):.2f} GiB kept and {float(time):.2f} x the time of reading the bytes ({float(seconds):.1f} s against {float(reading):.1f} s)")
-        assert float(memory) < 1.15 and float(time) < 2
-    print(f"  {size}: foreground {(mine > 0).float().mean():.2f}, losses {my_losses}, peak memory of the whole comparison {peak_memory():.1f} GiB")
+    for dtype, (memory, duration, kept, seconds, reading) in kinds.items():
+        print(f"  {size}, {dtype}: loading takes {float(memory):.3f} x the {float(kept):.2f} GiB kept and {float(duration):.2f} x "
+              f"the time of reading the bytes ({float(seconds):.1f} s against {float(reading):.1f} s)")
+        assert float(memory) < 1.15 and float(duration) < 2
+    print(f"  {size}: foreground {(mine > 0).float().mean():.2f}, losses {my_losses}, "
+          f"peak memory of the whole comparison {peak_memory():.1f} GiB")
     return rows
 
 
@@ -2016,7 +2208,8 @@ def parity_table(sizes):
         torch.cuda.empty_cache()
     print(f"\n| stage | at most | {' | '.join(sizes)} |\n|---|---|{'---|' * len(sizes)}")
     for i, (stage, _, bound) in enumerate(columns[sizes[0]]):
-        print(f"| {stage} | {'' if bound == math.inf else f'{bound:.0e}'} | {' | '.join(f'{columns[size][i][1]:.1e}' for size in sizes)} |")
+        print(f"| {stage} | {'' if bound == math.inf else f'{bound:.0e}'} "
+              f"| {' | '.join(f'{columns[size][i][1]:.1e}' for size in sizes)} |")
     print(f"\ntorch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}")
     failed = [(size, row) for size in sizes for row in columns[size] if not row[1] <= row[2]]
     assert not failed, failed
@@ -2064,11 +2257,14 @@ def bench_worker(kind, args):
     else:
         model = trains_as_ours(Assembly(Size(sam.SIZES[args.size], siglip.SIZES["so400m"], 16), dropout=0.1), args.size)
     model.to(device).train(args.mode == "train")
-    images, masks = torch.rand(args.batch, 3, 1024, 1024, device=device), target_masks().expand(args.batch * args.phrases, -1, -1, -1).to(device)
+    images, masks = (torch.rand(args.batch, 3, 1024, 1024, device=device),
+                     target_masks().expand(args.batch * args.phrases, -1, -1, -1).to(device))
     ids = torch.randint(3, 32000, (args.batch * args.phrases, 10), device=device)
     ids[:, -1] = siglip.EOS
-    forward = (lambda: model(images, ids)) if kind == "ours" else (lambda: model(images.repeat_interleave(args.phrases, 0), ids)[0])
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, weight_decay=0.05, fused=kind == "ours" or None)
+    forward = (lambda: model(images, ids)) if kind == "ours" else (
+        lambda: model(images.repeat_interleave(args.phrases, 0), ids)[0])
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, weight_decay=0.05,
+                                  fused=kind == "ours" or None)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16" and device.type == "cuda")
     print("ready", flush=True)
     for _ in sys.stdin:
@@ -2100,13 +2296,16 @@ ARITHMETIC = {("b", "infer"): 1.683, ("b", "train"): 3.662, ("l", "infer"): 3.73
 
 
 def bench(args):
-    """Both in one run, a call of the one after a call of the other (training steps in turn: two would not fit into 24 GB); medians."""
+    """Both in one run, a call of the one after a call of the other (training steps in turn: two would not fit into 24 GB);
+    medians."""
     import peft
     import transformers
     kinds = ["ours"] if args.alone else ["ours", "transformers + peft"]
-    flags = [str(flag) for flag in (args.size, args.mode, args.dtype, "--batch", args.batch, "--phrases", args.phrases, "--device", args.device)]
+    flags = [str(flag) for flag in (args.size, args.mode, args.dtype, "--batch", args.batch, "--phrases", args.phrases,
+                                    "--device", args.device)]
     flags += ["--checkpoint-activations"] * args.checkpoint_activations
-    start = lambda kind: subprocess.Popen([sys.executable, __file__, "worker", kind, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    start = lambda kind: subprocess.Popen([sys.executable, __file__, "worker", kind, *flags], stdin=subprocess.PIPE,
+                                          stdout=subprocess.PIPE, text=True)
     times, peaks = {kind: [] for kind in kinds}, {}
     for together in [kinds] if args.mode == "infer" else [[kind] for kind in kinds]:
         workers = {kind: start(kind) for kind in together}
@@ -2122,24 +2321,31 @@ def bench(args):
         for worker in workers.values():
             worker.stdin.close(), worker.wait()
     rate, work = matmul_rate(DTYPES[args.dtype], args.device), args.batch * ARITHMETIC[args.size, args.mode] * 1e12
-    print(f"{args.size} {args.mode} {args.dtype}, batch {args.batch}, {args.phrases} phrases an image, {args.device}, torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}")
+    print(f"{args.size} {args.mode} {args.dtype}, batch {args.batch}, {args.phrases} phrases an image, {args.device}, "
+          f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}")
     median = {kind: statistics.median(times[kind][1:]) for kind in kinds}
     for kind in kinds:
-        print(f"  {kind:20} {median[kind]:8.3f} s ({min(times[kind][1:]):.3f} to {max(times[kind][1:]):.3f}), {args.batch / median[kind]:.2f} images/s, peak memory {peaks[kind]:.2f} GiB")
+        print(f"  {kind:20} {median[kind]:8.3f} s ({min(times[kind][1:]):.3f} to {max(times[kind][1:]):.3f}), "
+              f"{args.batch / median[kind]:.2f} images/s, peak memory {peaks[kind]:.2f} GiB")
     if not args.alone:
         ours, theirs = kinds
         print(f"  {median[theirs] / median[ours]:.2f} x the speed, {peaks[ours] / peaks[theirs]:.2f} x the memory")
-    print(f"  matrix products: {rate / 1e12:.2f} Tflop/s measured here; {work / 1e12:.2f} Tflop a call for one phrase an image, ours reaches {work / median['ours'] / rate:.0%} of that rate")
+    print(f"  matrix products: {rate / 1e12:.2f} Tflop/s measured here; {work / 1e12:.2f} Tflop a call "
+          f"for one phrase an image, ours reaches {work / median['ours'] / rate:.0%} of that rate")
 
 
 # ==================================================================================================== 6. the paper's ablations
 
-# What changes -> the flags that do it, and what the paper found: from scratch, and with LoRA on towers trained before (tiny, one epoch).
+# What changes -> the flags that do it, and what the paper found: from scratch, and with LoRA on towers trained before (tiny,
+# one epoch).
 SCRATCH = {
     "the default: both, words and sentence, 2 blocks, 9 sparse prompts": ("", ""),
-    "sparse prompts only": ("--prompts sparse", "both prompts are best"), "dense prompt only": ("--prompts dense", "both prompts are best"),
-    "words only": ("--text local", "words and sentence are best"), "sentence only": ("--text global", "words and sentence are best"),
-    "1 block in the prompter, 36 sparse prompts": ("--down-blocks 1", "2 are best"), "3 blocks, 4 sparse prompts": ("--down-blocks 3", "2 are best"),
+    "sparse prompts only": ("--prompts sparse", "both prompts are best"),
+    "dense prompt only": ("--prompts dense", "both prompts are best"),
+    "words only": ("--text local", "words and sentence are best"),
+    "sentence only": ("--text global", "words and sentence are best"),
+    "1 block in the prompter, 36 sparse prompts": ("--down-blocks 1", "2 are best"),
+    "3 blocks, 4 sparse prompts": ("--down-blocks 3", "2 are best"),
     "cross-entropy without Dice": ("--loss bce", "its own loss"),
 }
 ADAPTED = {f"LoRA of rank {rank}": (f"--lora-rank {rank}", "16 is best of 8, 16, 32") for rank in (16, 8, 32)}
@@ -2147,7 +2353,8 @@ ADAPTED |= {"rank 16, text tower frozen": ("--lora-rank 16 --no-text-lora", "tun
 
 
 def ablation(folder, epochs=2, seeds=3):
-    """Every row with `seeds` seeds on the toy set, a run per core -> printed table of test gIoU. Runs that `folder` holds are not repeated."""
+    """Every row with `seeds` seeds on the toy set, a run per core -> printed table of test gIoU. Runs that `folder` holds
+    are not repeated."""
     folder = folder.resolve()
 
     def train_once(flags):
@@ -2167,13 +2374,102 @@ def ablation(folder, epochs=2, seeds=3):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {name: [pool.submit(train_once, f"{flags} --seed {seed}") for seed in range(seeds)]
                 for name, (flags, _) in rows.items()}
-        print("| change | flags | test gIoU, mean | least to most | minus the first row, each seed | the paper |\n|---|---|---|---|---|---|")
+        print("| change | flags | test gIoU, mean | least to most | minus the first row, each seed | the paper |\n"
+              "|---|---|---|---|---|---|")
         for name, runs in jobs.items():
             group = ADAPTED if name in ADAPTED else SCRATCH
             values, first = ([job.result() for job in some] for some in (runs, jobs[next(iter(group))]))
             differences = ", ".join(f"{value - other:+.1f}" for value, other in zip(values, first)) if values != first else ""
             flags, paper = (f"`{group[name][0]}`" if group[name][0] else "", group[name][1])
-            print(f"| {name} | {flags} | {statistics.mean(values):.1f} | {min(values):.1f} to {max(values):.1f} | {differences} | {paper} |", flush=True)
+            print(f"| {name} | {flags} | {statistics.mean(values):.1f} | {min(values):.1f} to {max(values):.1f} "
+                  f"| {differences} | {paper} |", flush=True)
+
+
+# ========================================================================================================= 7. a large scene
+
+def class_scene(seed):
+    """-> a toy scene, {category: mask of everything of that class, empty where there is none}."""
+    rng = np.random.default_rng(seed)
+    things, shore, road = data.arrange(rng)
+    scene, masks = data.paint_ground(rng, shore, road), {category: np.zeros((data.SCENE,) * 2, bool) for category in data.TOY}
+    for thing in things:
+        data.paint_thing(rng, scene, thing)
+        for category, mask in masks.items():
+            mask[thing.mask] = category == thing.category
+    return Image.fromarray(np.clip(scene, 0, 255).astype(np.uint8)), masks
+
+
+def side_by_side(seed, across):
+    """`across` times `across` scenes as one -> as class_scene."""
+    rows = range(across)
+    scenes = [[class_scene([*seed, y, x]) for x in rows] for y in rows]
+    whole = np.block([[[np.asarray(scenes[y][x][0])] for x in rows] for y in rows])
+    return Image.fromarray(whole), {category: np.block([[scenes[y][x][1][category] for x in rows] for y in rows])
+                                    for category in data.TOY}
+
+
+def save_class_scene(job):
+    """Write one scene, or what a window sees of four, and four of its masks, present classes first -> rows of phrases.jsonl."""
+    folder, split, index = job
+    rng, n = np.random.default_rng(index), data.SCENE
+    scene, masks = class_scene([1000, index])
+    if index % 2:
+        (x, y), (scene, masks) = rng.integers(0, n, 2), side_by_side([2000, index], 2)
+        scene, masks = scene.crop((x, y, x + n, y + n)), {category: mask[y:y + n, x:x + n] for category, mask in masks.items()}
+    scene.save(folder / "images" / f"{index}.jpg", quality=95)
+    order = sorted(rng.permutation(list(masks)), key=lambda category: not masks[category].any())
+    for category in order[:4]:
+        Image.fromarray(masks[category]).save(folder / "masks" / f"{index}_{category}.png")
+    return [json.dumps(dict(image=f"{index}.jpg", mask=f"{index}_{category}.png", phrase=f"the {data.TOY[category][0]}",
+                            split=split, category=category)) for category in order[:4]]
+
+
+def train_on_classes(folder):
+    """Train tiny on phrases that name all things of a class, in the format of one's own data -> path of the checkpoint."""
+    checkpoint = folder / "run" / "best.safetensors"
+    if not checkpoint.exists():
+        for name in ("images", "masks"):
+            (folder / "classes" / name).mkdir(parents=True)
+        splits = ["train"] * 3000 + ["val"] * 100 + ["test"] * 200
+        with ProcessPoolExecutor() as pool:
+            jobs = [(folder / "classes", split, index) for index, split in enumerate(splits)]
+            rows = sum(pool.map(save_class_scene, jobs, chunksize=16), [])
+        (folder / "classes" / "phrases.jsonl").write_text("\n".join(rows))
+        run(HERE / "train.py", "--sam", "tiny", "--data", folder / "classes", "--out", folder / "run")
+    return checkpoint
+
+
+SEGMENT = """import sys, time, rsrefseg, test_rsrefseg
+started = time.perf_counter()
+rsrefseg.main()
+print(f"{time.perf_counter() - started:.0f} s, {test_rsrefseg.peak_memory():.1f} GiB", file=sys.stderr)
+"""
+
+
+def mosaic(folder, across=24):
+    """`across` times `across` toy scenes side by side: `rsrefseg.py --tile` on the whole against each scene by itself, IoU of
+    each class phrase. They must agree within 0.03; whether seams show, the pictures tell."""
+    folder, n = folder.resolve(), data.SCENE
+    checkpoint = train_on_classes(folder)
+    model, phrases = RSRefSeg.from_checkpoint(checkpoint), [f"the {name}" for name, _, _ in data.TOY.values()]
+    whole, truth = side_by_side([77], across)
+    whole.save(folder / "mosaic.png")
+    alone = np.block([[model.segment(whole.crop((x, y, x + n, y + n)), phrases).numpy() for x in range(0, whole.width, n)]
+                      for y in range(0, whole.height, n)])
+    command = [sys.executable, "-c", SEGMENT, folder / "mosaic.png", *phrases, "--checkpoint", checkpoint, "--tile", str(n),
+               "--out", folder / "pictures", "--json"]
+    answer = subprocess.run(command, cwd=HERE, check=True, capture_output=True, text=True)
+    records = [json.loads(text) for text in answer.stdout.splitlines()]
+    Image.MAX_IMAGE_PIXELS = None
+    print(f"{whole.width} x {whole.height} pixels, windows of {n}: {answer.stderr.splitlines()[-1]} in all\n")
+    print("| phrase | IoU in windows | scene by scene | difference |\n|---|---|---|---|")
+    differences = []
+    for record, one_by_one, true in zip(records, alone, truth.values()):
+        windows, parts = data.overlap(np.asarray(Image.open(record["mask"])) > 0, true), data.overlap(one_by_one, true)
+        differences.append(windows - parts)
+        print(f"| {record['phrase']} | {windows:.3f} | {parts:.3f} | {differences[-1]:+.3f} |")
+    print(f"\nlook at {folder}/pictures")
+    assert max(map(abs, differences)) <= 0.03
 
 
 if __name__ == "__main__":
@@ -2185,5 +2481,7 @@ if __name__ == "__main__":
         bench_worker(sys.argv[2], bench_arguments(sys.argv[3:]))
     elif sys.argv[1:2] == ["ablation"]:
         ablation(Path(sys.argv[2] if sys.argv[2:] else "runs/ablation"))
+    elif sys.argv[1:2] == ["mosaic"]:
+        mosaic(Path(sys.argv[2]), *map(int, sys.argv[3:]))
     else:
         sys.exit(pytest.main([__file__, "-s", *sys.argv[1:]]))

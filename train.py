@@ -45,17 +45,23 @@ TINY = dict(epochs=5, batch_size=8, total_batch=8, phrases=4, lr=2e-3, warmup_ep
             map_loss=1.0, workers=0, cache=True, val_every=1)
 
 
+def flag_of(name):
+    return f"--{name.replace('_', '-')}"
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Train RSRefSeg.", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     epilog="Defaults are the paper's (b, l). --sam tiny has its own: " +
-                                     " ".join(f"--{name.replace('_', '-')} {value}" for name, value in TINY.items()))
+    tiny = " ".join(f"{flag_of(name)} {value}" for name, value in TINY.items())
+    parser = argparse.ArgumentParser(description="Train RSRefSeg.", allow_abbrev=False,
+                                     epilog=f"Defaults are the paper's (b, l). --sam tiny has its own: {tiny}",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--sam", choices=list(SIZES), required=True, help="size of the model")
     # files
-    add("--data", type=Path, help="folder of RRSIS-D, RefSegRS, RISBench or your own (see data.py); unset data/rrsis-d, for tiny data/toy-SEED, drawn when missing")
+    add("--data", type=Path, help="folder of RRSIS-D, RefSegRS, RISBench or your own (see data.py); unset data/rrsis-d, for tiny "
+        "data/toy-SEED, drawn when missing")
     add("--dataset", choices=list(FORMATS), help="format of --data, if the folder does not tell")
     add("--skip-bad", action="store_true", help="train without the rows of train that cannot be used; val and test must be whole")
-    add("--clean-masks", action="store_true", help="train on masks without the noise around their edges; scores use the stored ones")
+    add("--clean-masks", action="store_true", help="train on masks without noise around their edges; scores use the stored ones")
     add("--out", type=Path, help="folder for checkpoints and logs; unset runs/SAM")
     add("--siglip", help=f"SigLIP weights: file, folder or hub name; unset {SIGLIP_HUB}, or those of --init")
     add("--sam-weights", help="SAM weights: file, folder, hub name or Meta's .pth; unset by size, or those of --init")
@@ -66,7 +72,8 @@ def parse_args(argv=None):
     add("--lora-alpha", type=float, default=16, help="scale of the adapters, times the rank")
     add("--lora-dropout", type=float, default=0.1, help="dropout on the input of the adapters")
     add("--text-lora", action=argparse.BooleanOptionalAction, default=True, help="adapt the text tower too")
-    add("--down-blocks", type=int, choices=[1, 2, 3], default=2, help="stride-2 convolutions of the prompter: 14 x 14, 7 x 7 or 4 x 4 sparse prompts (b, l)")
+    add("--down-blocks", type=int, choices=[1, 2, 3], default=2, help="stride-2 convolutions of the prompter: 14 x 14, 7 x 7 or "
+        "4 x 4 sparse prompts (b, l)")
     add("--prompts", choices=ABLATIONS["prompts"], default="both", help="which prompts SAM gets; dense alone needs no prompter")
     add("--text", choices=ABLATIONS["text"], default="both", help="text semantics in the attended features: words, sentence")
     # recipe
@@ -83,8 +90,8 @@ def parse_args(argv=None):
     # machine
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
     add("--amp", choices=list(AMP), help="autocast type; unset bf16 on CUDA, off elsewhere")
-    add("--deterministic", action="store_true", help="the same bits again on the same GPU; what has no such kernel is named in a warning")
-    add("--checkpoint-activations", action="store_true", help="keep less for the backward pass: half the memory, 4 tenths more time")
+    add("--deterministic", action="store_true", help="the same bits again on the same GPU; what cannot be is named in a warning")
+    add("--checkpoint-activations", action="store_true", help="half the memory, 4 tenths more time")
     add("--workers", type=int, default=4, help="processes that read images")
     add("--cache", action=argparse.BooleanOptionalAction, default=False, help="keep training data in memory; with --workers 0")
     add("--seed", type=int, default=0, help="of initial weights and order")
@@ -100,7 +107,7 @@ def parse_args(argv=None):
     args.out = args.out or Path("runs") / args.sam
     args.amp = args.amp or default_amp(args.device)
     if args.sam == "tiny" and args.lora_rank and not (args.siglip and args.sam_weights or args.init):
-        parser.error("--sam tiny has no pretrained towers that --lora-rank could adapt, unless --siglip and --sam-weights name some")
+        parser.error("--sam tiny has no pretrained towers for --lora-rank to adapt, unless --siglip and --sam-weights name some")
     if args.prompts == "sparse" and args.text == "local" and args.map_loss:
         parser.error("--prompts sparse --text local does not use the sentence: give --map-loss 0")
     if not args.text_lora and not (SIZES[args.sam].lora_rank if args.lora_rank is None else args.lora_rank):
@@ -144,8 +151,8 @@ def optimiser_groups(model, args):
 
 @contextmanager
 def noted_signals():
-    """-> a list of the signals, SIGINT and SIGTERM, that came; the second one ends the process at once (under torchrun, which passes on
-    what already came, it does not: torchrun kills after 30 s)."""
+    """-> a list of the signals, SIGINT and SIGTERM, that came; the second one ends the process at once (under torchrun, which
+    passes on what already came, it does not: torchrun kills after 30 s)."""
     came = []
 
     def note(number, frame):
@@ -168,7 +175,7 @@ def start_processes(args):
         if cuda:
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))     # as long as drawing or downloading may take
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))     # drawing, downloading take long
     return processes()
 
 
@@ -180,8 +187,9 @@ def batches(dataset, args, step, steps_per_epoch):
     while True:
         epoch, done = divmod(step, steps_per_epoch)
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed * 100_003 + epoch))
-        order = order[done * args.total_batch:steps_per_epoch * args.total_batch].view(-1, world, args.batch_size)[:, rank].flatten().tolist()
-        yield from DataLoader(dataset, args.batch_size, sampler=order, collate_fn=collate, num_workers=args.workers,
+        order = order[done * args.total_batch:steps_per_epoch * args.total_batch]
+        mine = order.view(-1, world, args.batch_size)[:, rank].flatten().tolist()
+        yield from DataLoader(dataset, args.batch_size, sampler=mine, collate_fn=collate, num_workers=args.workers,
                               pin_memory=args.device.startswith("cuda"), worker_init_fn=leave_group,
                               generator=torch.Generator())           # of its own: the model's dropout must not notice the loader
         step = (epoch + 1) * steps_per_epoch
@@ -219,15 +227,17 @@ def trim_log(path, step, validated):
 
 def recipe(args, refs):
     """What must not change under a run that is resumed: arguments, and the rows it is trained on."""
-    free = ("resume", "out", "device", "workers", "cache", "log_every", "save_every", "draw", "checkpoint_activations", "deterministic")
+    free = ("resume", "out", "device", "workers", "cache", "log_every", "save_every", "draw", "checkpoint_activations",
+            "deterministic")
     rows = hashlib.sha1(repr([(ref.ref_id, ref.image.name, ref.phrase) for ref in refs]).encode(errors="replace")).hexdigest()
-    return {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items() if name not in free} | {"rows of train": rows}
+    return {flag_of(name): str(value) for name, value in vars(args).items() if name not in free} | {"rows of train": rows}
 
 
 def draw(model, val_set, rows, step, folder):
     """A sheet of five validation samples, the same each time: one watches the masks emerge. And curves."""
     try:
-        picture_sheet(model, val_set, rows, {f"step {step}": [i * len(rows) // 5 for i in range(5)]}).save(folder / f"val_{step:06d}.jpg", quality=85)
+        sheet = picture_sheet(model, val_set, rows, {f"step {step}": [i * len(rows) // 5 for i in range(5)]})
+        sheet.save(folder / f"val_{step:06d}.jpg", quality=85)
         draw_curves(folder)
     except Exception as error:                                                         # no reason to end a run
         tqdm.write(f"pictures of step {step} could not be drawn: {error!r}")
@@ -243,21 +253,24 @@ def draw_curves(folder):
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     for axis, (kind, names) in zip(figure.subplots(1, 3), (("train", ["loss"]), ("train", ["lr"]), ("val", ["gIoU", "cIoU"]))):
         for name in names:
-            axis.plot(*zip(*[(row["step"], row[name]) for row in rows if row["kind"] == kind and row[name] is not None] or [(0, math.nan)]), label=f"{kind} {name}")
+            known = [row for row in rows if row["kind"] == kind and row[name] is not None]
+            axis.plot([row["step"] for row in known], [row[name] for row in known], label=f"{kind} {name}")
         axis.set_xlabel("step")
         axis.legend()
     figure.savefig(folder / "curves.png", dpi=110)
 
 
 def dropped_rows(defects, args):
-    """Defects that data.fatal_defects found -> the ref_ids that --skip-bad leaves out of train. Raises ValueError where that may not be."""
+    """Defects that data.fatal_defects found -> the ref_ids that --skip-bad leaves out of train. Raises ValueError without it,
+    and for a defect in val or test."""
     rows = {(defect["split"], defect["ref_id"]): defect["what"] for defect in defects}
     elsewhere = [row for row in rows if row[0] != "train"]
     if elsewhere or (rows and not args.skip_bad):
         split, ref_id = (elsewhere or list(rows))[0]
-        raise ValueError(f"{args.data}: {len(rows)} rows cannot be used, {len(elsewhere)} of them in val or test, first ref_id {ref_id} of {split}: "
-                         f"{rows[split, ref_id]} `python data.py check {args.data}` lists all. Repair them" +
-                         (": val and test are never scored without some of their rows." if elsewhere else ", or --skip-bad trains without them."))
+        cure = ", or --skip-bad trains without them" if not elsewhere else ": val and test are never scored without some rows"
+        raise ValueError(f"{args.data}: {len(rows)} rows cannot be used, {len(elsewhere)} of them in val or test, first ref_id "
+                         f"{ref_id} of {split}: {rows[split, ref_id]} `python data.py check {args.data}` lists all. Repair "
+                         f"them{cure}.")
     if rows:
         print(f"--skip-bad: {len(rows)} rows of train are left out, as `python data.py check {args.data}` lists them")
     return {ref_id for _, ref_id in rows}
@@ -274,12 +287,13 @@ def initial_model(args):
     if is_checkpoint(args.init):
         model = RSRefSeg.from_checkpoint(args.init, args.siglip, args.sam_weights, dtype)
     else:
-        model = RSRefSeg.load_official(args.init, args.siglip or SIGLIP_HUB, dtype=dtype, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout)
+        model = RSRefSeg.load_official(args.init, args.siglip or SIGLIP_HUB, dtype=dtype, lora_alpha=args.lora_alpha,
+                                       lora_dropout=args.lora_dropout)
     wanted = dict(settings, sam=args.sam, lora_rank=SIZES[args.sam].lora_rank if args.lora_rank is None else args.lora_rank)
-    other = [f"--{name.replace('_', '-')} {model.settings[name]}" if name != "text_lora" else "--no-text-lora" if value else "--text-lora"
-             for name, value in wanted.items() if model.settings[name] != value]
+    other = [f"{flag_of(name)} {model.settings[name]}" for name, value in wanted.items() if model.settings[name] != value]
     if other:
-        raise ValueError(f"{args.init} was trained otherwise: give {' '.join(other)} here too, or choose another --init.")
+        other = " ".join(other).replace("--text-lora False", "--no-text-lora").replace("--text-lora True", "--text-lora")
+        raise ValueError(f"{args.init} was trained otherwise: give {other} here too, or choose another --init.")
     return model
 
 
@@ -312,10 +326,11 @@ def check_out(args):
     """Raises ValueError if --out holds a run that would be overwritten, or none that could be resumed."""
     held = [name for name in ("resume.pt", "last.safetensors", "best.safetensors") if (args.out / name).exists()]
     if args.resume and "resume.pt" not in held:
-        raise ValueError(f"{args.out} holds no run to resume, no resume.pt: " + ("name another --out." if held else "start without --resume."))
+        cure = "name another --out" if held else "start without --resume"
+        raise ValueError(f"{args.out} holds no run to resume, no resume.pt: {cure}.")
     if held and not args.resume:
-        raise ValueError(f"{args.out} already holds a run ({', '.join(held)}): " + "continue it with --resume, or " * ("resume.pt" in held) +
-                         "name another folder with --out.")
+        resume = "continue it with --resume, or " * ("resume.pt" in held)
+        raise ValueError(f"{args.out} already holds a run ({', '.join(held)}): {resume}name another folder with --out.")
 
 
 def load_data(args):
@@ -332,7 +347,8 @@ def load_data(args):
     sets = train_set, *(RefSegDataset(args.data, split, side, dataset=args.dataset) for split in ("val", "test"))
     print(*sets, sep="\n")
     if len(train_set) < args.total_batch:
-        raise ValueError(f"--total-batch {args.total_batch} exceeds the {len(train_set)} training items in {args.data}: lower it.")
+        raise ValueError(f"--total-batch {args.total_batch} exceeds the {len(train_set)} training items in {args.data}: "
+                         "lower it.")
     return sets
 
 
@@ -380,8 +396,9 @@ def validate(model, val_set, progress, steps_per_epoch, args):
     about = dict(args={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, step=progress.step, val=result)
     for name in ["last.safetensors"] + ["best.safetensors"] * better if processes()[0] == 0 else ():
         model.save(args.out / name, **about)
-    log(args, line(f"val   e {progress.step / steps_per_epoch:06.2f} step {progress.step:06d}", result) +
-        f" | {time.time() - began:.0f} s" + f" | best -> {args.out / 'best.safetensors'}" * better, kind="val", step=progress.step, **result)
+    text = line(f"val   e {progress.step / steps_per_epoch:06.2f} step {progress.step:06d}", result)
+    text += f" | {time.time() - began:.0f} s" + f" | best -> {args.out / 'best.safetensors'}" * better
+    log(args, text, kind="val", step=progress.step, **result)
     return rows
 
 
@@ -394,20 +411,23 @@ def note_skipped(progress, samples, loss, scale, args):
     log(args, f"skip  step {progress.step:06d} | loss {loss}, gradient not finite, weights unchanged | samples {samples}",
         kind="skip", step=progress.step, samples=samples, scale=scale)
     if progress.unusable == SKIPS:
-        raise ValueError(f"{SKIPS} steps in a row, to step {progress.step}, had no finite gradient, the last with samples {samples}. They "
-                         f"left the weights as they were. Begin a new --out with a lower --lr, with --clip or --amp off; --init "
-                         f"{args.out / 'last.safetensors'} starts it from the last validation.")
+        raise ValueError(f"{SKIPS} steps in a row, to step {progress.step}, had no finite gradient, the last with samples "
+                         f"{samples}. They left the weights as they were. Begin a new --out with a lower --lr, with --clip or "
+                         f"--amp off; --init {args.out / 'last.safetensors'} starts it from the last validation.")
 
 
 def log_training(progress, total, steps_per_epoch, rate, norm, took, args):
     """One line on the mean loss since the last one; `took` seconds a step."""
-    mean = progress.running / progress.logged if progress.logged else None
-    record = dict(step=progress.step, epoch=progress.step / steps_per_epoch, loss=mean, lr=rate, gnorm=norm if math.isfinite(norm) else None,
-                  seconds_per_step=took, images_per_second=args.total_batch / took, skipped=progress.skipped,
-                  gib=torch.cuda.max_memory_allocated() / 2**30 if args.device.startswith("cuda") else None)
-    log(args, f"train e {record['epoch']:06.2f} step {progress.step:06d}/{total:06d} | loss {'-' if mean is None else f'{mean:.4f}'} | "
-        f"lr {rate:.2e} | gnorm {norm:.2f} | {took:.2f} s/it | {record['images_per_second']:.1f} img/s" +
-        (f" | {progress.skipped} skipped" if progress.skipped else "") + (f" | {record['gib']:.1f} GB" if record["gib"] else ""), kind="train", **record)
+    mean = progress.running / progress.logged if progress.logged else math.nan
+    cuda = args.device.startswith("cuda")
+    gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else math.nan
+    record = dict(step=progress.step, epoch=progress.step / steps_per_epoch, loss=mean, lr=rate, gnorm=norm,
+                  seconds_per_step=took, images_per_second=args.total_batch / took, skipped=progress.skipped, gib=gib)
+    text = (f"train e {record['epoch']:06.2f} step {progress.step:06d}/{total:06d} | loss {mean:.4f} | lr {rate:.2e} | "
+            f"gnorm {norm:.2f} | {took:.2f} s/it | {record['images_per_second']:.1f} img/s")
+    text += f" | {progress.skipped} skipped" * bool(progress.skipped) + f" | {gib:.1f} GiB" * cuda
+    finite = {key: value if math.isfinite(value) else None for key, value in record.items()}     # JSON has no NaN
+    log(args, text, kind="train", **finite)
     progress.running, progress.logged = 0.0, 0
 
 
@@ -419,7 +439,8 @@ def main(argv=None):
     device, amp = torch.device(args.device), AMP[args.amp]
     accumulate, rest = divmod(args.total_batch, args.batch_size * world)
     if rest:
-        raise ValueError(f"--total-batch {args.total_batch} is no multiple of --batch-size {args.batch_size}" + f" x {world} processes" * (world > 1))
+        raise ValueError(f"--total-batch {args.total_batch} is no multiple of --batch-size {args.batch_size}" +
+                         f" x {world} processes" * (world > 1))
     check_out(args)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                    # cuBLAS asks for it
@@ -429,9 +450,9 @@ def main(argv=None):
     train_set, val_set, test_set = load_data(args)
     steps_per_epoch, left_over = divmod(len(train_set), args.total_batch)
     total = args.epochs * steps_per_epoch
-    print(f"{steps_per_epoch} steps of {args.total_batch} images x {args.phrases} phrases an epoch ({world} processes x {accumulate} x "
-          f"{args.batch_size} images{f'; {left_over} items, others each time, are left over' if left_over else ''}), {total} steps in all, "
-          f"autocast {args.amp}, {device}")
+    print(f"{steps_per_epoch} steps of {args.total_batch} images x {args.phrases} phrases an epoch ({world} processes x "
+          f"{accumulate} x {args.batch_size} images" + f"; {left_over} items, others each time, are left over" * bool(left_over) +
+          f"), {total} steps in all, autocast {args.amp}, {device}")
 
     # ------------------------------------------------------------------------------------------------ model and optimiser
     torch.manual_seed(args.seed)
@@ -479,8 +500,8 @@ def main(argv=None):
                 keep()
                 starter = "python" if world == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
                 command = shlex.join(["train.py", *(sys.argv[1:] if argv is None else argv), *["--resume"] * (not args.resume)])
-                tqdm.write(f"{signals[0].name if signals else 'stopped'} after step {progress.step} of {total}: saved. Go on with\n    "
-                           f"{starter} {command}")
+                tqdm.write(f"{signals[0].name if signals else 'stopped'} after step {progress.step} of {total}: saved. Go on "
+                           f"with\n    {starter} {command}")
                 break
             if progress.validated < progress.step and validation_due():
                 began = time.time()
@@ -509,7 +530,8 @@ def main(argv=None):
                 note_skipped(progress, samples, loss, scaler.get_scale(), args)
             if progress.step % min(args.log_every, steps_per_epoch) == 0 or progress.step == total:
                 bar.set_postfix(loss=loss)
-                log_training(progress, total, steps_per_epoch, rate, norm, (time.time() - started) / (progress.step - since), args)
+                took = (time.time() - started) / (progress.step - since)
+                log_training(progress, total, steps_per_epoch, rate, norm, took, args)
                 started, since = time.time(), progress.step
             if progress.step % args.save_every == 0 or validation_due():
                 keep()
