@@ -42,7 +42,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -69,10 +69,9 @@ class PlainUnpickler(pickle._Unpickler):
 
 def read_pickle(path):
     """Plain data from a pickle that nobody vouches for. Raises ValueError naming the file."""
+    content = Path(path).read_bytes()
     try:
-        return PlainUnpickler(io.BytesIO(Path(path).read_bytes())).load()
-    except FileNotFoundError:
-        raise
+        return PlainUnpickler(io.BytesIO(content)).load()
     except Exception as error:                                      # a file made to do harm can raise anything
         raise ValueError(f"{path} is not a pickle of plain data: {error!r}. Do not load it otherwise; fetch it again.") from error
 
@@ -149,9 +148,8 @@ def decode_rle(counts, height, width):
 
 def encode_rle(mask):
     """(H, W) bool -> COCO's compressed run lengths; the inverse of decode_rle."""
-    flat = np.concatenate([[False], mask.T.reshape(-1)])
-    edges = np.flatnonzero(flat[1:] != flat[:-1])
-    runs = np.diff(np.concatenate([[0], edges, [mask.size]])).tolist()
+    edges = np.flatnonzero(np.diff(mask.T.reshape(-1), prepend=False))
+    runs = np.diff(edges, prepend=0, append=mask.size).tolist()
     text = ""
     for i, run in enumerate(runs):
         value, more = run - (runs[i - 2] if i > 2 else 0), True
@@ -207,7 +205,7 @@ def run_lengths(segmentation):
 
 
 def read_rrsisd(root):
-    instances = json.loads((root / "rrsisd" / "instances.json").read_text())
+    instances = json.loads((root / "rrsisd" / "instances.json").read_text("utf-8"))
     category = {row["id"]: row["name"] for row in instances["categories"]}
     mask = {row["id"]: run_lengths(row["segmentation"][0]) for row in instances["annotations"]}
     return [Ref(row["ref_id"], row["split"], inside(root / "images" / "rrsisd" / "JPEGImages", row["file_name"]),
@@ -246,7 +244,8 @@ def read_json_lines(path, images):
                                 row.get("category", "-"), inside(path.parent / "masks", row["mask"])))
         except Exception as error:
             what = f"has no {error}" if isinstance(error, KeyError) else f"cannot be read ({error})"
-            raise ValueError(f"{path}, line {number} {what}; a row is {{image, mask, phrase, split}}") from error
+            raise ValueError(f"{path}, line {number} {what}; a row is {{image, mask, phrase, split}}, RISBench's {{file_name, "
+                             "segmentation, sent, split}") from error
     return refs
 
 
@@ -405,8 +404,9 @@ def look_at(refs):
 
 
 def check(root, dataset=None):
-    """Open every image and mask of a data set -> (dataset, its rows, defects [{ref_id, split, what, fatal}], {ref_id: IoU of the
-    mask with the cleaned one}). A defect is fatal if training would fail of it."""
+    """Open every image and mask of a data set -> its rows, and what ROOT/check.json then holds: dataset, fingerprint, phrases by
+    split, defects [{ref_id, split, what, fatal}], speckle {ref_id: IoU of the mask with the cleaned one}. A defect is fatal if
+    training would fail of it."""
     dataset, refs = read_refs(root, dataset)
     groups = {}
     for ref in refs:
@@ -425,7 +425,13 @@ def check(root, dataset=None):
             places = ", ".join(sorted({f"{ref.image.name} ({ref.split})" for ref in group}))
             defects.append(dict(ref_id=group[0].ref_id, split=group[0].split, fatal=False,
                                 what=f"the same image in several splits: {places}"))
-    return dataset, refs, defects, speckle
+    report = dict(dataset=dataset, fingerprint=fingerprint(dataset, refs), phrases=Counter(ref.split for ref in refs),
+                  defects=defects, speckle=speckle)
+    try:
+        (Path(root) / "check.json").write_text(json.dumps(report, indent=1))
+    except OSError as error:
+        print(f"{root}/check.json cannot be written ({error.strerror}): every start will check the data again")
+    return refs, report
 
 
 def fingerprint(dataset, refs):
@@ -440,46 +446,41 @@ def fatal_defects(root, dataset=None):
     try:
         report = json.loads((Path(root) / "check.json").read_text())
         if report["fingerprint"] == fingerprint(*read_refs(root, dataset)):
-            return [{key: defect[key] for key in ("ref_id", "split", "what")} for defect in report["defects"] if defect["fatal"]]
+            return [defect for defect in report["defects"] if defect["fatal"]]
     except OSError:
         pass                                                        # never checked
-    except Exception as error:
+    except Exception as error:                                      # cut, or not written by a check
         print(f"{root}/check.json cannot be relied on ({error!r}): checking again")
-    checked = check(root, dataset)
-    try:
-        save_check(root, *checked)
-    except OSError as error:
-        print(f"{root}/check.json cannot be written ({error.strerror}): every start will check the data again")
-    return [defect for defect in checked[2] if defect["fatal"]]
-
-
-def save_check(root, dataset, refs, defects, speckle):
-    partial, counts = Path(root) / "check.json.partial", Counter(ref.split for ref in refs)
-    report = dict(dataset=dataset, fingerprint=fingerprint(dataset, refs), phrases=counts, defects=defects, speckle=speckle)
-    partial.write_text(json.dumps(report, indent=1))
-    partial.replace(Path(root) / "check.json")
+    return [defect for defect in check(root, dataset)[1]["defects"] if defect["fatal"]]
 
 
 def speckle_table(refs, speckle):
     """How far the stored masks are from their cleaned selves, over all rows and per category, as a markdown table."""
-    lines = ["| category | phrases | IoU, 5 % | 25 % | median | out of reach of Pr@0.9 |", "|---|---|---|---|---|---|"]
+    table = ["| category | phrases | IoU, 5 % | 25 % | median | out of reach of Pr@0.9 |", "|---|---|---|---|---|---|"]
     for category in ["all", *sorted({ref.category for ref in refs})]:
         values = np.array([speckle[ref.ref_id] for ref in refs if ref.ref_id in speckle and category in ("all", ref.category)])
         if len(values):
             low, quarter, median = np.quantile(values, (0.05, 0.25, 0.5))
-            lines.append(f"| {category} | {len(values):,} | {low:.3f} | {quarter:.3f} | {median:.3f} | "
+            table.append(f"| {category} | {len(values):,} | {low:.3f} | {quarter:.3f} | {median:.3f} | "
                          f"{(values <= 0.9).mean():.1%} |")
-    return "\n".join(lines)
+    return "\n".join(table)
+
+
+def overlay(image, mask, colour=(255, 40, 40)):
+    """PIL image RGB and (H, W) bool -> the image, the mask in its own light with an outline, the rest dimmed."""
+    mask = Image.fromarray(np.asarray(mask)).convert("L")
+    painted = Image.composite(image, image.point(lambda value: int(0.65 * value)), mask)
+    for width, line in ((7, (255, 255, 255)), (5, colour)):                         # white around it: a red ship is outlined too
+        painted.paste(line, mask=ImageChops.subtract(mask.filter(ImageFilter.MaxFilter(width)), mask))
+    return painted
 
 
 def sample_sheet(refs, columns=4, rows=3, side=300):
-    """Some rows, drawn from all by chance: the image, its mask outlined, the phrase below -> PIL image."""
+    """Some rows, drawn from all by chance: the image, its mask in its own light, the phrase below -> PIL image."""
     sheet = Image.new("RGB", (columns * (side + 10), rows * (side + 34)), "white")
     draw = ImageDraw.Draw(sheet)
     for place, ref in enumerate(random.Random(0).sample(refs, min(columns * rows, len(refs)))):
-        image, mask = read_image(ref.image), Image.fromarray(resize_mask(read_mask(ref), side, side)).convert("L")
-        edge = mask.filter(ImageFilter.FIND_EDGES).filter(ImageFilter.MaxFilter(3))
-        image = Image.composite(Image.new("RGB", (side, side), (255, 40, 40)), image.resize((side, side)), edge)
+        image = overlay(read_image(ref.image).resize((side, side)), resize_mask(read_mask(ref), side, side))
         x, y = place % columns * (side + 10), place // columns * (side + 34)
         sheet.paste(image, (x, y))
         draw.text((x, y + side + 2), f"{ref.split}: {ref.phrase[:46]}\n{ref.phrase[46:100]}", fill="black")
@@ -488,17 +489,16 @@ def sample_sheet(refs, columns=4, rows=3, side=300):
 
 def report_check(root, dataset=None):
     """What `data.py check` prints and writes. Raises ValueError at its end if training would fail."""
-    dataset, refs, defects, speckle = check(root, dataset)
-    counts = Counter(ref.split for ref in refs)
-    for split in sorted(counts.keys() | PUBLISHED.get(dataset, {}).keys()):
-        published = PUBLISHED.get(dataset, {}).get(split)
-        print(f"{dataset} {split}: {counts[split]:,} phrases" + (f" (as published: {published:,})" if published else ""))
+    refs, report = check(root, dataset)
+    dataset, counts, defects = report["dataset"], report["phrases"], report["defects"]
+    for split in SPLITS:
+        published = f" (as published: {PUBLISHED[dataset][split]:,})" if dataset in PUBLISHED else ""
+        print(f"{dataset} {split}: {counts[split]:,} phrases{published}")
     for defect in defects:
         print(f"{'DEFECT' if defect['fatal'] else 'note'}: {defect['split']}, ref_id {defect['ref_id']}: {defect['what']}")
     print("Stored masks against their 5 x 5 median. Where the IoU is at most 0.9, a prediction without the noise cannot count "
           "for Pr@0.9 (things of a few pixels, which the median rounds off, are among them):")
-    print(speckle_table(refs, speckle))
-    save_check(root, dataset, refs, defects, speckle)
+    print(speckle_table(refs, report["speckle"]))
     bad = {defect["ref_id"] for defect in defects if defect["fatal"]}
     sample_sheet([ref for ref in refs if ref.ref_id not in bad]).save(Path(root) / "check.jpg", quality=90)
     print(f"wrote {root}/check.json and {root}/check.jpg")
@@ -695,18 +695,19 @@ def arrange(rng):
     for category in wanted:
         for _ in range(60):
             size = str(rng.choice(list(SIZES)))
-            x, y = rng.uniform(0.02 + SIZES[size] / 2, 0.98 - SIZES[size] / 2, 2)
+            half = SIZES[size] / 2
+            x, y = rng.uniform(0.02 + half, 0.98 - half, 2)
             angle = rng.uniform(0, 360)
             if category == "vehicle" and road and rng.random() < 0.5:                            # half of them drive
                 along = (x - 0.5) * road[0] + (y - 0.5) * road[1]
                 x, y = 0.5 + along * road[0] - road[2] * road[1], 0.5 + along * road[1] + road[2] * road[0]
                 angle = -road[3] + 180 * rng.integers(0, 2)
             depth = (x - 0.5) * shore[0] + (y - 0.5) * shore[1] + shore[2] if shore else -1      # > 0: in the water
-            inside = SIZES[size] / 2 < x < 1 - SIZES[size] / 2 and SIZES[size] / 2 < y < 1 - SIZES[size] / 2
+            whole = half < x < 1 - half and half < y < 1 - half
             clear = all(math.hypot(x - t.x, y - t.y) > 0.58 * (SIZES[size] + SIZES[t.size]) for t in things)
-            afloat = depth > SIZES[size] / 3 if category == "ship" else depth < -SIZES[size] / 2
-            off_road = not road or abs((y - 0.5) * road[0] - (x - 0.5) * road[1] - road[2]) > 0.08 + SIZES[size] / 2
-            if inside and clear and afloat and (off_road or category == "vehicle"):
+            afloat = depth > SIZES[size] / 3 if category == "ship" else depth < -half
+            off_road = not road or abs((y - 0.5) * road[0] - (x - 0.5) * road[1] - road[2]) > 0.08 + half
+            if whole and clear and afloat and (off_road or category == "vehicle"):
                 things.append(Thing(str(category), str(rng.choice(TOY[category][2])), size, x, y, angle))
                 break
     return things, shore, road
@@ -772,15 +773,16 @@ def paint_thing(rng, scene, thing):
 
 # -------------------------------------------------------------------------------------------------- the toy's phrases
 
-# place -> (holds, clearly does not hold); between the two a phrase would be a matter of taste, so it is not written
+# place -> how far a point is from it; nearer than the first bound it is there, beyond the second it clearly is not. Between the
+# two a phrase would be a matter of taste, so it is not written.
 PLACES = {
-    "on the left": (lambda x, y: x < 0.36, lambda x, y: x > 0.5), "on the right": (lambda x, y: x > 0.64, lambda x, y: x < 0.5),
-    "on the top": (lambda x, y: y < 0.36, lambda x, y: y > 0.5), "on the bottom": (lambda x, y: y > 0.64, lambda x, y: y < 0.5),
-    "in the middle": (lambda x, y: max(abs(x - 0.5), abs(y - 0.5)) < 0.15, lambda x, y: max(abs(x - 0.5), abs(y - 0.5)) > 0.25),
-    "on the upper left": (lambda x, y: max(x, y) < 0.4, lambda x, y: max(x, y) > 0.52),
-    "on the upper right": (lambda x, y: max(1 - x, y) < 0.4, lambda x, y: max(1 - x, y) > 0.52),
-    "on the lower left": (lambda x, y: max(x, 1 - y) < 0.4, lambda x, y: max(x, 1 - y) > 0.52),
-    "on the lower right": (lambda x, y: min(x, y) > 0.6, lambda x, y: min(x, y) < 0.48),
+    "on the left": (lambda x, y: x, 0.36, 0.5), "on the right": (lambda x, y: 1 - x, 0.36, 0.5),
+    "on the top": (lambda x, y: y, 0.36, 0.5), "on the bottom": (lambda x, y: 1 - y, 0.36, 0.5),
+    "in the middle": (lambda x, y: max(abs(x - 0.5), abs(y - 0.5)), 0.15, 0.25),
+    "on the upper left": (lambda x, y: max(x, y), 0.4, 0.52),
+    "on the upper right": (lambda x, y: max(1 - x, y), 0.4, 0.52),
+    "on the lower left": (lambda x, y: max(x, 1 - y), 0.4, 0.52),
+    "on the lower right": (lambda x, y: max(1 - x, 1 - y), 0.4, 0.52),
 }
 DIRECTIONS = "right", "lower right", "bottom", "lower left", "left", "upper left", "top", "upper right"      # by 45 degrees
 KINDS = {"attribute": 0.38, "place": 0.34, "relation": 0.28}          # how often each kind of phrase is written, where it can be
@@ -802,15 +804,15 @@ def describe(things, thing, attributes):
 
 def phrases_for(things, thing):
     """Every phrase that names `thing` and nothing else in the scene, by kind -> {kind: [phrase, ...]}."""
-    found = {"attribute": [], "place": [], "relation": []}
+    found = {kind: [] for kind in KINDS}
     anchors = [(other, *describe(things, other, attributes)) for other in things if other.category != thing.category
                for attributes in ((), ("colour",))]
     for attributes in ((), ("colour",), ("size",), ("size", "colour")):
         name, rivals = describe(things, thing, attributes)
         if not rivals:
             found["attribute"].append(name)
-        for place, (holds, fails) in PLACES.items():
-            if holds(thing.x, thing.y) and all(fails(other.x, other.y) for other in rivals):
+        for place, (far, inner, outer) in PLACES.items():
+            if far(thing.x, thing.y) < inner and all(far(other.x, other.y) > outer for other in rivals):
                 found["place"].append(f"{name} {place}")
         for anchor, anchor_name, doubles in anchors:
             for direction in DIRECTIONS:
@@ -871,22 +873,22 @@ def save_scene(job):
 def write_toy(root, train=3000, val=100, test=320, seed=0):
     """Draw a toy RRSIS-D into ROOT, in the published files and layout, four phrases a scene."""
     root = Path(root)
-    folder, annotations = root / "images" / "rrsisd" / "JPEGImages", root / "rrsisd"
-    if (annotations / "refs(unc).p").exists():
+    folder, lists = root / "images" / "rrsisd" / "JPEGImages", root / "rrsisd"
+    if (lists / "refs(unc).p").exists():
         raise ValueError(f"{root} already holds a data set: name another folder or remove it.")
     folder.mkdir(parents=True, exist_ok=True)
-    annotations.mkdir(exist_ok=True)
+    lists.mkdir(exist_ok=True)
     splits = ["train"] * train + ["val"] * val + ["test"] * test
     jobs = [(folder, seed, index, split) for index, split in enumerate(splits)]
     with ProcessPoolExecutor() as pool:
         rows = list(tqdm(pool.map(save_scene, jobs, chunksize=16), f"drawing {root}", len(jobs), unit="scene"))
     images = [dict(id=index, file_name=f"{index:05d}.jpg", height=SCENE, width=SCENE) for index in range(len(jobs))]
-    (annotations / "instances.json").write_text(json.dumps(dict(
+    (lists / "instances.json").write_text(json.dumps(dict(
         images=images, annotations=[row for _, some in rows for row in some],
         categories=[dict(id=i, name=name) for i, name in enumerate(CATEGORIES)])))
-    partial = annotations / "refs.partial"                          # last: a folder that has it is complete
+    partial = lists / "refs.partial"                                # last: a folder that has it is complete
     partial.write_bytes(pickle.dumps([ref for some, _ in rows for ref in some]))
-    partial.replace(annotations / "refs(unc).p")
+    partial.replace(lists / "refs(unc).p")
 
 
 def toy_tokenizer():
@@ -922,7 +924,8 @@ def run(main):
     except (OSError, ValueError, BrokenProcessPool) as error:
         text = str(error)
         if "DataLoader worker" in text:                             # its error arrives as its whole traceback: keep the message
-            text = text.strip().splitlines()[-1].partition("Error: ")[2]
+            last = text.strip().splitlines()[-1]
+            text = last.partition("Error: ")[2] or last
         sys.exit(f"error: {text}")
 
 

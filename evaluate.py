@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import FORMATS, RefSegDataset, collate, image_tensor, leave_group, positive, read_image, run
-from rsrefseg import SIGLIP_HUB, SIZES, RSRefSeg, heat, is_checkpoint, logits_at, overlay, read_checkpoint, usable_device
+from rsrefseg import SIGLIP_HUB, SIZES, RSRefSeg, heat, logits_at, overlay, read_checkpoint, usable_device
 from siglip import tokenize
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -110,12 +110,11 @@ def table(categories):
     return "\n".join(lines)
 
 
-def extremes(rows, each=2):
-    """-> {title: positions} of the best, the median and the worst rows."""
+def extremes(rows):
+    """-> {title: positions} of the two best, median and worst rows."""
     order = sorted(range(len(rows)), key=lambda i: -rows[i]["iou"])
-    each = min(each, len(order))
-    middle = (len(order) - each) // 2
-    return {"best": order[:each], "median": order[middle:middle + each], "worst": order[-each:]}
+    middle = max(0, len(order) // 2 - 1)
+    return {"best": order[:2], "median": order[middle:middle + 2], "worst": order[-2:]}
 
 
 @torch.inference_mode()
@@ -194,11 +193,9 @@ def main():
         return
     if args.checkpoint is None:
         parser.error("name the checkpoint to score, or give --bench")
-    about = {} if args.official else read_checkpoint(args.checkpoint)[0]
-    data = args.data or about.get("args", {}).get("data")
-    form = args.dataset or (None if args.data else about.get("args", {}).get("dataset"))
-    if args.official and is_checkpoint(args.checkpoint):
-        raise ValueError(f"{args.checkpoint} is a checkpoint of train.py: leave out --official.")
+    trained_on = {} if args.official else read_checkpoint(args.checkpoint)[0].get("args", {})
+    data = args.data or trained_on.get("data")
+    form = args.dataset or (None if args.data else trained_on.get("dataset"))
     if data is None:
         raise ValueError(f"{args.checkpoint} does not say what it was trained on: give the data folder with --data.")
     dtype = AMP[args.amp] or torch.float32

@@ -25,14 +25,20 @@ class Dropout(nn.Dropout):
         return torch.native_dropout(x, self.p, True)[0] if self.training and self.p else x
 
 
-class LoRALinear(nn.Module):
-    """A frozen Linear with its adapter: A (r, in), B (out, r)."""
+class LoRA(nn.Module):
+    """A frozen Linear or Conv2d with its adapter: A goes down to r features as the layer itself would go to its outputs, B goes
+    back up at each place by itself."""
 
     def __init__(self, base, r, alpha, dropout):
         super().__init__()
         self.base, self.scale, self.dropout = base.requires_grad_(False), alpha / r, Dropout(dropout)
-        self.A = nn.Linear(base.in_features, r, bias=False, device=base.weight.device)
-        self.B = nn.Linear(r, base.out_features, bias=False, device=base.weight.device)
+        plain = dict(bias=False, device=base.weight.device)
+        if isinstance(base, nn.Linear):
+            self.A, self.B = nn.Linear(base.in_features, r, **plain), nn.Linear(r, base.out_features, **plain)
+        else:
+            self.A = nn.Conv2d(base.in_channels, r, base.kernel_size, base.stride, base.padding, base.dilation,
+                               padding_mode=base.padding_mode, **plain)
+            self.B = nn.Conv2d(r, base.out_channels, 1, **plain)
         nn.init.kaiming_uniform_(self.A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.B.weight)
 
@@ -41,35 +47,7 @@ class LoRALinear(nn.Module):
 
     def delta(self):
         """What the adapter adds to the base weight."""
-        return self.scale * self.B.weight @ self.A.weight
-
-
-class LoRAConv2d(nn.Module):
-    """A frozen Conv2d with its adapter: A is a convolution like the base down to r channels, B is 1 x 1 back up."""
-
-    def __init__(self, base, r, alpha, dropout):
-        super().__init__()
-        self.base, self.scale, self.dropout = base.requires_grad_(False), alpha / r, Dropout(dropout)
-        self.A = nn.Conv2d(base.in_channels, r, base.kernel_size, base.stride, base.padding, base.dilation,
-                           bias=False, padding_mode=base.padding_mode, device=base.weight.device)
-        self.B = nn.Conv2d(r, base.out_channels, 1, bias=False, device=base.weight.device)
-        nn.init.kaiming_uniform_(self.A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.B.weight)
-
-    def forward(self, x):
-        return self.base(x) + self.B(self.A(self.dropout(x)) * self.scale)    # scaled where it is r wide
-
-    def delta(self):
-        return self.scale * torch.einsum("or,rihw->oihw", self.B.weight[:, :, 0, 0], self.A.weight)
-
-
-ADAPTERS = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
-
-
-def replace(model, name, module):
-    """Put `module` at the dotted `name` inside `model`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+        return (self.scale * self.B.weight.flatten(1) @ self.A.weight.flatten(1)).view_as(self.base.weight)
 
 
 def inject(model, targets, r=16, alpha=16, dropout=0.0):
@@ -89,16 +67,16 @@ def inject(model, targets, r=16, alpha=16, dropout=0.0):
         names += found
     names = list(dict.fromkeys(names))                             # a layer named twice is adapted once
     for name in names:
-        if type(modules[name]) not in ADAPTERS or getattr(modules[name], "groups", 1) != 1:
+        if type(modules[name]) not in (nn.Linear, nn.Conv2d) or getattr(modules[name], "groups", 1) != 1:
             raise ValueError(f"LoRA target {name!r} is {modules[name]}; only Linear and Conv2d with groups=1 can be adapted.")
     for name in names:
-        replace(model, name, ADAPTERS[type(modules[name])](modules[name], r, alpha, dropout))
+        model.set_submodule(name, LoRA(modules[name], r, alpha, dropout))
     return names
 
 
 def adapted_layers(model):
-    """-> {name: LoRALinear or LoRAConv2d}"""
-    return {name: module for name, module in model.named_modules() if isinstance(module, (LoRALinear, LoRAConv2d))}
+    """-> {name: LoRA}"""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRA)}
 
 
 @torch.no_grad()
@@ -107,7 +85,7 @@ def merge(model):
     adapted = adapted_layers(model)
     for name, module in adapted.items():
         module.base.weight += module.delta()
-        replace(model, name, module.base)
+        model.set_submodule(name, module.base)
     return list(adapted)
 
 

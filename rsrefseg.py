@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, TiffImagePlugin
+from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -35,24 +35,19 @@ from tqdm import tqdm
 import lora
 import sam as sam_file
 import siglip as siglip_file
-from data import IMAGES, image_tensor, lines, positive, read_image, run, to_rgb, toy_tokenizer, verify
+from data import IMAGES, image_tensor, lines, overlay, positive, read_image, run, to_rgb, toy_tokenizer, verify
 from sam import SAM
 from siglip import SigLIP, canonical, load_tokenizer, tokenize, unknown_words
 
 
 @dataclass(frozen=True)
 class Size:
-    sam: str             # a row of sam.SIZES, or a SAMSize
-    siglip: str          # a row of siglip.SIZES, or a SigLIPSize
+    sam: object          # a row of sam.SIZES by its name, or a SAMSize
+    siglip: object       # a row of siglip.SIZES by its name, or a SigLIPSize
     lora_rank: int       # 0: nothing is frozen
 
 
-SIZES = {
-    "b": Size("b", "so400m", 16),
-    "l": Size("l", "so400m", 16),
-    "h": Size("h", "so400m", 16),
-    "tiny": Size("tiny", "tiny", 0),
-}
+SIZES = {name: Size(name, "so400m", 16) for name in ("b", "l", "h")} | {"tiny": Size("tiny", "tiny", 0)}
 
 # What the paper's ablations change, beside lora_rank and down_blocks; the paper's model has the first of each.
 ABLATIONS = {"text_lora": (True, False), "prompts": ("both", "sparse", "dense"), "text": ("both", "local", "global")}
@@ -176,10 +171,8 @@ class RSRefSeg(nn.Module):
         self.official_extra = {}                                        # what load_official met and this model has no use for
         if lora_rank:
             self.siglip.requires_grad_(False)
-            self.sam.requires_grad_(False)
+            self.sam.vision_encoder.requires_grad_(False)
             lora.inject(self, LORA_TARGETS + TEXT_LORA_TARGETS * text_lora, lora_rank, lora_alpha, lora_dropout)
-            self.sam.prompt_encoder.requires_grad_(True)
-            self.sam.mask_decoder.requires_grad_(True)
         prompt_encoder = self.sam.prompt_encoder
         unused = [self.sam.mask_decoder.iou_prediction_head, prompt_encoder.point_embed, prompt_encoder.not_a_point_embed,
                   prompt_encoder.mask_embed if prompts == "sparse" else prompt_encoder.no_mask_embed]
@@ -277,7 +270,8 @@ class RSRefSeg(nn.Module):
         (h, ys), (w, xs) = windows(image.height, tile), windows(image.width, tile)
         hat = hill(h)[:, None] * hill(w) if len(ys) * len(xs) > 1 else torch.ones(())   # how much each pixel of a window counts
         found = torch.zeros(len(phrases), image.height, image.width, dtype=torch.bool)
-        total, weight = torch.zeros(len(phrases)), torch.zeros(h, image.width)
+        total, area = torch.zeros(len(phrases)), torch.zeros(len(phrases))             # per phrase: probabilities, pixels
+        weight = torch.zeros(h, image.width)
         above = [torch.zeros(0, image.width)] * len(phrases)                            # what the strip above adds to this one
         with tqdm(total=len(ys) * len(xs), desc="windows", disable=len(ys) * len(xs) == 1) as bar:
             for y, following in zip(ys, [*ys[1:], image.height]):                       # a strip of windows, from top to bottom
@@ -293,12 +287,13 @@ class RSRefSeg(nn.Module):
                     for x, answer in zip(xs, answers):
                         logits[:, x:x + w] += hat * logits_at(answer[i:i + 1], self.image_size, h, w)[0].cpu()
                     final = logits[:done] / weight[:done]
-                    found[i, y:following] = final > 0
-                    total[i] += final[final > 0].sigmoid().sum()
+                    found[i, y:following] = above_zero = final > 0
+                    total[i] += final[above_zero].sigmoid().sum()
+                    area[i] += above_zero.sum()                                         # found.sum() would take 8 bytes a pixel
                     above[i] = logits[done:].clone()
                 weight = F.pad(weight[done:], (0, 0, 0, done))
         if scores is not None:
-            scores += (total / found.sum((1, 2)).clamp(min=1)).tolist()
+            scores += (total / area.clamp(min=1)).tolist()
         self.train(was_training)
         return found
 
@@ -312,7 +307,8 @@ class RSRefSeg(nn.Module):
         self.tokenizer = load_tokenizer(fetch(siglip, "tokenizer.json"))
         siglip_file.load_weights(lora.base_state_dict(self.siglip), fetch(siglip, "model.safetensors"))
         sam_file.load_weights(lora.base_state_dict(self.sam), fetch(sam, "model.safetensors"))
-        self.backbones = dict(siglip=str(siglip), sam=str(sam))
+        self.backbones = {tower: str(Path(source).resolve() if Path(source).exists() else source)      # from any folder
+                          for tower, source in (("siglip", siglip), ("sam", sam))}
         return self
 
     @classmethod
@@ -367,7 +363,8 @@ class RSRefSeg(nn.Module):
         sizes = {sam_file.SIZES[size.sam].layers: name for name, size in SIZES.items()}
         first = state.get(f"{block}0.attn.qkv.lora_A.default.weight")
         if layers not in sizes or first is None:
-            raise ValueError(f"{path} is no checkpoint of the released code: {layers} adapted SAM layers under {block}")
+            raise ValueError(f"{path} is no checkpoint of the released code: {layers} adapted SAM layers under {block} (one of "
+                             "train.py goes without --official)")
         down_blocks = len({key.split(".")[1] for key in state if key.startswith("prompter_down_spatial.")}) - 1
         model = cls(**settings | dict(sam=sizes[layers], lora_rank=first.shape[0], down_blocks=down_blocks), init=False)
         model.tokenizer = load_tokenizer(fetch(siglip, "tokenizer.json"))
@@ -480,8 +477,8 @@ def read_official(path):
         raise ValueError(f"{path} is not a whole file of plain tensors ({error}). Copy it again.") from error
     for key in ("state_dict", "module"):
         state = state[key] if isinstance(state, dict) and key in state else state
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict.")
+    if not isinstance(state, dict) or not all(type(key) is str and torch.is_tensor(value) for key, value in state.items()):
+        raise ValueError(f"{path} holds a {type(state).__name__} that is no state dict, names to tensors. Save that alone.")
     return state
 
 
@@ -552,8 +549,9 @@ def fetch(source, name):
         found = Path(hf_hub_download(str(source), name, revision=revision))
     except Exception as error:                                          # each version of the client has its own kinds
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise FileNotFoundError(f"cannot fetch {name} of {source}: {reason} Without a network, copy the repository's files to a "
-                                "folder and name that (--siglip, --sam-weights). `--sam tiny` needs no weights.") from error
+        raise FileNotFoundError(f"cannot fetch {name} of {source}: {reason.rstrip('.')}. Without a network, copy the "
+                                "repository's files to a folder and name that (--siglip, --sam-weights). `--sam tiny` needs no "
+                                "weights.") from error
     if expected and name == "model.safetensors" and not isinstance(cached, str):
         verify(found, expected, f"{name} of {source}")
     return found
@@ -575,15 +573,6 @@ def windows(length, tile):
 def hill(n):
     """(n,) weights of a window's pixels along one side: 1 in the middle, next to nothing at the ends, so that no seam shows."""
     return torch.sin((torch.arange(n) + 0.5) / n * math.pi) ** 2 + 1e-4
-
-
-def overlay(image, mask, colour=(255, 40, 40)):
-    """PIL image RGB and (H, W) bool -> the image, the mask in its own light with an outline, the rest dimmed."""
-    mask = Image.fromarray(np.asarray(mask)).convert("L")
-    painted = Image.composite(image, image.point(lambda value: int(0.65 * value)), mask)
-    for width, line in ((7, (255, 255, 255)), (5, colour)):                         # white around it: a red ship is outlined too
-        painted.paste(line, mask=ImageChops.subtract(mask.filter(ImageFilter.MaxFilter(width)), mask))
-    return painted
 
 
 def heat(image, values, side):
@@ -648,14 +637,10 @@ GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 
 
 def geo_tags(path):
-    """The tags of an image that place it on the earth, as Pillow writes them; empty for one that has none."""
-    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    """The tags of an image that place it on the earth; empty for one that has none."""
     with Image.open(path, formats=IMAGES) as file:
-        for tag in GEO_TAGS:
-            if tag in getattr(file, "tag_v2", {}):
-                tags.tagtype[tag] = file.tag_v2.tagtype[tag]
-                tags[tag] = file.tag_v2[tag]
-    return tags
+        tags = getattr(file, "tag_v2", {})
+        return {tag: tags[tag] for tag in GEO_TAGS if tag in tags}
 
 
 def short(text):

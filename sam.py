@@ -230,26 +230,19 @@ class PromptEncoder(nn.Module):
         self.not_a_point_embed = nn.Embedding(1, size.prompt)
         self.point_embed = nn.ModuleList(nn.Embedding(1, size.prompt) for _ in range(4))   # background, object, two corners
 
-    def embed_points(self, position_code, points, labels):
-        code = position_code((points + 0.5) / self.image)          # + 0.5: the middle of the pixel
-        role = torch.cat([self.not_a_point_embed.weight, self.point_embed[0].weight, self.point_embed[1].weight])
-        return torch.where((labels == -1)[..., None], 0.0, code) + role[labels + 1]
-
-    def embed_boxes(self, position_code, boxes):
-        corners = position_code((boxes.unflatten(-1, (2, 2)) + 0.5) / self.image)          # (B, 2, C)
-        return corners + torch.cat([self.point_embed[2].weight, self.point_embed[3].weight])
-
     def forward(self, position_code, points=None, labels=None, boxes=None, masks=None):
         """points (B, P, 2) as x, y in pixels with labels (B, P): 1 object, 0 background, -1 padding, so that images may
         have different numbers of points; boxes (B, 4) as x1, y1, x2, y2; masks (B, 1, 4e, 4e) logits
         -> sparse (B, M, C), dense (B or 1, C, e, e)."""
+        role = torch.cat([self.not_a_point_embed.weight, *(embedding.weight for embedding in self.point_embed)])   # (5, C)
         sparse = []
         if points is not None:
             if boxes is None:                                      # SAM was trained with a padding point when no box follows
                 points, labels = F.pad(points, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
-            sparse.append(self.embed_points(position_code, points, labels))
+            code = position_code((points + 0.5) / self.image)      # + 0.5: the middle of the pixel
+            sparse.append(torch.where((labels == -1)[..., None], 0.0, code) + role[labels + 1])
         if boxes is not None:
-            sparse.append(self.embed_boxes(position_code, boxes))
+            sparse.append(position_code((boxes.unflatten(-1, (2, 2)) + 0.5) / self.image) + role[3:])          # two corners
         if masks is not None:
             dense = self.mask_embed(masks)
         else:
@@ -413,18 +406,12 @@ META_NAMES = (
 )
 
 
-def our_name(name):
-    """The name of a tensor in Meta's files -> its name here and on Hugging Face."""
-    for pattern, ours in META_NAMES:
-        name = re.sub(pattern, ours, name)
-    return name
-
-
 def open_weights(path):
     """A safetensors file in Hugging Face layout, or one of Meta's .pth files -> {name: shape}, function from name to tensor."""
     if path.suffix == ".pth":
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state = {our_name(key): tensor for key, tensor in state.items()}
+        for pattern, ours in META_NAMES:
+            state = {re.sub(pattern, ours, key): tensor for key, tensor in state.items()}
         return {key: tuple(tensor.shape) for key, tensor in state.items()}, state.__getitem__
 
     def read(key):
@@ -448,7 +435,7 @@ def load_weights(tensors, path):
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is not a whole file of SAM's weights ({error}). Fetch it again: model.safetensors from a "
                          "Hugging Face repository such as facebook/sam-vit-base, or Meta's .pth.") from error
-    except (AttributeError, pickle.UnpicklingError) as error:
+    except (AttributeError, TypeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} holds something else than a state dict of tensors ({error}). Save that alone, or fetch Meta's "
                          "file.") from error
     wanted = {key: tuple(tensor.shape) for key, tensor in tensors.items()}

@@ -50,7 +50,7 @@ def flag_of(name):
 
 
 def parse_args(argv=None):
-    tiny = " ".join(f"{flag_of(name)} {value}" for name, value in TINY.items())
+    tiny = " ".join(flag_of(name) + f" {value}" * (value is not True) for name, value in TINY.items())
     parser = argparse.ArgumentParser(description="Train RSRefSeg.", allow_abbrev=False,
                                      epilog=f"Defaults are the paper's (b, l). --sam tiny has its own: {tiny}",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -108,6 +108,10 @@ def parse_args(argv=None):
     args.amp = args.amp or default_amp(args.device)
     if args.sam == "tiny" and args.lora_rank and not (args.siglip and args.sam_weights or args.init):
         parser.error("--sam tiny has no pretrained towers for --lora-rank to adapt, unless --siglip and --sam-weights name some")
+    if args.sam == "tiny" and not args.lora_rank and (args.siglip or args.sam_weights):
+        parser.error("--sam tiny trains its towers from scratch: --siglip and --sam-weights need a --lora-rank to adapt them")
+    if args.lora_rank is not None and args.lora_rank < 0:
+        parser.error(f"--lora-rank {args.lora_rank}: give 0, which trains the whole towers, or more")
     if args.prompts == "sparse" and args.text == "local" and args.map_loss:
         parser.error("--prompts sparse --text local does not use the sentence: give --map-loss 0")
     if not args.text_lora and not (SIZES[args.sam].lora_rank if args.lora_rank is None else args.lora_rank):
@@ -130,20 +134,13 @@ SKIPS = 20   # as many steps in a row without a finite gradient end the run
 GROUPS = {"prompter.": "prompter", "sam.prompt_encoder.": "mask prompt", "sam.mask_decoder.": "mask decoder", "": "towers"}
 
 
-def group_of(name):
-    """The optimiser group of a parameter, by its name."""
-    if name.endswith((".A.weight", ".B.weight")):
-        return "lora"
-    return next(group for prefix, group in GROUPS.items() if name.startswith(prefix))
-
-
 def optimiser_groups(model, args):
-    """Named AdamW groups of everything that trains. Weight decay acts on all of them, norms and
-    biases too, as in the released code."""
+    """Named AdamW groups of everything that trains. Weight decay acts on all, norms and biases too, as in the released code."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault(group_of(name), []).append(parameter)
+            group = next(group for prefix, group in GROUPS.items() if name.startswith(prefix))
+            groups.setdefault("lora" if name.endswith((".A.weight", ".B.weight")) else group, []).append(parameter)
     for name, parameters in groups.items():
         print(f"optimiser group {name}: {len(parameters)} tensors, {sum(p.numel() for p in parameters):,} parameters")
     return [dict(params=parameters, name=name, weight_decay=args.weight_decay) for name, parameters in groups.items()]
@@ -233,7 +230,7 @@ def recipe(args, refs):
     return {flag_of(name): str(value) for name, value in vars(args).items() if name not in free} | {"rows of train": rows}
 
 
-def draw(model, val_set, rows, step, folder):
+def draw_samples(model, val_set, rows, step, folder):
     """A sheet of five validation samples, the same each time: one watches the masks emerge. And curves."""
     try:
         sheet = picture_sheet(model, val_set, rows, {f"step {step}": [i * len(rows) // 5 for i in range(5)]})
@@ -303,6 +300,8 @@ def load_resume(path, wanted):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is not a whole resume file ({error}). Start anew with another --out.") from error
+    if not isinstance(state, dict) or "recipe" not in state:
+        raise ValueError(f"{path} is no resume file of this train.py. Start anew with another --out.")
     changed = [f"{name} {state['recipe'].get(name)} -> {value}"
                for name, value in wanted.items() if state["recipe"].get(name, "None") != value]
     if changed:
@@ -509,7 +508,7 @@ def main(argv=None):
                 keep()
                 if rank == 0:
                     with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-                        draw(model, val_set, rows, progress.step, args.out)
+                        draw_samples(model, val_set, rows, progress.step, args.out)
                 model.train()
                 started += time.time() - began
                 continue                                                               # to see whether a signal came
