@@ -207,9 +207,9 @@ def run_lengths(segmentation):
 def read_rrsisd(root):
     instances = json.loads((root / "rrsisd" / "instances.json").read_text("utf-8"))
     category = {row["id"]: row["name"] for row in instances["categories"]}
-    mask = {row["id"]: run_lengths(row["segmentation"][0]) for row in instances["annotations"]}
+    mask = {row["id"]: row["segmentation"][0] for row in instances["annotations"]}
     return [Ref(row["ref_id"], row["split"], inside(root / "images" / "rrsisd" / "JPEGImages", row["file_name"]),
-                row["sentences"][0]["sent"].strip(), category[row["category_id"]], mask[row["ann_id"]])
+                row["sentences"][0]["sent"].strip(), category[row["category_id"]], run_lengths(mask[row["ann_id"]]))
             for row in read_pickle(root / "rrsisd" / "refs(unc).p")]
 
 
@@ -427,8 +427,11 @@ def check(root, dataset=None):
                                 what=f"the same image in several splits: {places}"))
     report = dict(dataset=dataset, fingerprint=fingerprint(dataset, refs), phrases=Counter(ref.split for ref in refs),
                   defects=defects, speckle=speckle)
+    partial = Path(root) / "check.json.partial"
     try:
-        (Path(root) / "check.json").write_text(json.dumps(report, indent=1))
+        partial.write_text(json.dumps(report, indent=1))
+        partial.replace(Path(root) / "check.json")
+        print(f"wrote {root}/check.json")
     except OSError as error:
         print(f"{root}/check.json cannot be written ({error.strerror}): every start will check the data again")
     return refs, report
@@ -446,7 +449,7 @@ def fatal_defects(root, dataset=None):
     try:
         report = json.loads((Path(root) / "check.json").read_text())
         if report["fingerprint"] == fingerprint(*read_refs(root, dataset)):
-            return [defect for defect in report["defects"] if defect["fatal"]]
+            return [{key: defect[key] for key in ("ref_id", "split", "what")} for defect in report["defects"] if defect["fatal"]]
     except OSError:
         pass                                                        # never checked
     except Exception as error:                                      # cut, or not written by a check
@@ -501,7 +504,7 @@ def report_check(root, dataset=None):
     print(speckle_table(refs, report["speckle"]))
     bad = {defect["ref_id"] for defect in defects if defect["fatal"]}
     sample_sheet([ref for ref in refs if ref.ref_id not in bad]).save(Path(root) / "check.jpg", quality=90)
-    print(f"wrote {root}/check.json and {root}/check.jpg")
+    print(f"wrote {root}/check.jpg")
     if bad:
         raise ValueError(f"{root}: training would fail of {len(bad)} rows, listed above. Repair them, fetch them again, or train "
                          "with --skip-bad.")

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import FORMATS, RefSegDataset, collate, image_tensor, leave_group, positive, read_image, run
-from rsrefseg import SIGLIP_HUB, SIZES, RSRefSeg, heat, logits_at, overlay, read_checkpoint, usable_device
+from rsrefseg import SIGLIP_HUB, SIZES, RSRefSeg, heat, is_checkpoint, logits_at, overlay, read_checkpoint, usable_device
 from siglip import tokenize
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -193,6 +193,8 @@ def main():
         return
     if args.checkpoint is None:
         parser.error("name the checkpoint to score, or give --bench")
+    if args.official and is_checkpoint(args.checkpoint):
+        raise ValueError(f"{args.checkpoint} is a checkpoint of train.py: leave out --official.")
     trained_on = {} if args.official else read_checkpoint(args.checkpoint)[0].get("args", {})
     data = args.data or trained_on.get("data")
     form = args.dataset or (None if args.data else trained_on.get("dataset"))

@@ -307,8 +307,7 @@ class RSRefSeg(nn.Module):
         self.tokenizer = load_tokenizer(fetch(siglip, "tokenizer.json"))
         siglip_file.load_weights(lora.base_state_dict(self.siglip), fetch(siglip, "model.safetensors"))
         sam_file.load_weights(lora.base_state_dict(self.sam), fetch(sam, "model.safetensors"))
-        self.backbones = {tower: str(Path(source).resolve() if Path(source).exists() else source)      # from any folder
-                          for tower, source in (("siglip", siglip), ("sam", sam))}
+        self.backbones = dict(siglip=lasting(siglip), sam=lasting(sam))
         return self
 
     @classmethod
@@ -363,8 +362,7 @@ class RSRefSeg(nn.Module):
         sizes = {sam_file.SIZES[size.sam].layers: name for name, size in SIZES.items()}
         first = state.get(f"{block}0.attn.qkv.lora_A.default.weight")
         if layers not in sizes or first is None:
-            raise ValueError(f"{path} is no checkpoint of the released code: {layers} adapted SAM layers under {block} (one of "
-                             "train.py goes without --official)")
+            raise ValueError(f"{path} is no checkpoint of the released code: {layers} adapted SAM layers under {block}")
         down_blocks = len({key.split(".")[1] for key in state if key.startswith("prompter_down_spatial.")}) - 1
         model = cls(**settings | dict(sam=sizes[layers], lora_rank=first.shape[0], down_blocks=down_blocks), init=False)
         model.tokenizer = load_tokenizer(fetch(siglip, "tokenizer.json"))
@@ -378,7 +376,7 @@ class RSRefSeg(nn.Module):
         for key, tensor in wanted.items():
             tensor.copy_(state[key])
         model.official_extra = {key: state[key].clone() for key in extra - {POSITION_ALIAS}}
-        model.backbones = dict(official=str(Path(path).resolve()), siglip=str(siglip))
+        model.backbones = dict(official=lasting(path), siglip=lasting(siglip))
         return model.eval()
 
     def export_official(self, path):
@@ -528,6 +526,11 @@ def is_checkpoint(path):
             return "settings" in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False                                                    # whoever reads it as something else says what is wrong
+
+
+def lasting(source):
+    """The name under which a file or folder is found from any folder; a hub's name stays what it is."""
+    return str(Path(source).absolute() if Path(source).exists() else source)
 
 
 def fetch(source, name):

@@ -234,15 +234,16 @@ class PromptEncoder(nn.Module):
         """points (B, P, 2) as x, y in pixels with labels (B, P): 1 object, 0 background, -1 padding, so that images may
         have different numbers of points; boxes (B, 4) as x1, y1, x2, y2; masks (B, 1, 4e, 4e) logits
         -> sparse (B, M, C), dense (B or 1, C, e, e)."""
-        role = torch.cat([self.not_a_point_embed.weight, *(embedding.weight for embedding in self.point_embed)])   # (5, C)
+        background, thing, *corners = (embedding.weight for embedding in self.point_embed)         # each (1, C)
         sparse = []
         if points is not None:
             if boxes is None:                                      # SAM was trained with a padding point when no box follows
                 points, labels = F.pad(points, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
             code = position_code((points + 0.5) / self.image)      # + 0.5: the middle of the pixel
+            role = torch.cat([self.not_a_point_embed.weight, background, thing])
             sparse.append(torch.where((labels == -1)[..., None], 0.0, code) + role[labels + 1])
         if boxes is not None:
-            sparse.append(position_code((boxes.unflatten(-1, (2, 2)) + 0.5) / self.image) + role[3:])          # two corners
+            sparse.append(position_code((boxes.unflatten(-1, (2, 2)) + 0.5) / self.image) + torch.cat(corners))
         if masks is not None:
             dense = self.mask_embed(masks)
         else:

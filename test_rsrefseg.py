@@ -719,7 +719,9 @@ def test_metas_own_files(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values()))
     (tmp_path / "hf").mkdir()
     model, siglip_folder, _ = small_from_files(tmp_path / "hf", monkeypatch)
-    model.load_backbones(siglip_folder, tmp_path / "sam_vit_b_01ec64.pth")
+    (tmp_path / "link.pth").symlink_to(tmp_path / "sam_vit_b_01ec64.pth")
+    model.load_backbones(siglip_folder, tmp_path / "link.pth")
+    assert model.backbones["sam"] == str(tmp_path / "link.pth"), "what a link points to may have a name that does not tell"
     assert torch.equal(model.sam.vision_encoder.layers[0].attn.qkv.base.weight, state["image_encoder.blocks.0.attn.qkv.weight"])
     for name, wrong, message in (("less.pth", {k: v for k, v in state.items() if "iou_token" not in k},
                                   "mask_decoder.iou_token.weight: file lacks it"),
@@ -1858,11 +1860,13 @@ print(time.perf_counter() - started, test_rsrefseg.peak_memory(), file=sys.stder
 def segment_measured(image, phrases, checkpoint, tile, out):
     """rsrefseg.py on one image, in a process of its own -> its records, seconds, GiB that it held at most."""
     command = [sys.executable, "-c", SEGMENT, image, *phrases, "--checkpoint", checkpoint, "--tile", str(tile), "--out", out,
-               "--json"]
-    answer = subprocess.run(command, cwd=HERE, check=True, capture_output=True, text=True)
+               "--json", "--device", "cpu"]
+    answer = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
     return [json.loads(text) for text in answer.stdout.splitlines()], *map(float, answer.stderr.splitlines()[-1].split())
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from Linux's /proc")
 def test_a_large_scene_takes_a_byte_a_pixel_and_phrase(trained, tmp_path):
     """Eight masks of 4096 x 4096 pixels are 0.125 GiB; as int64, into which torch's sum turns them, they would be one more."""
     Image.new("RGB", (4096, 4096), (90, 120, 70)).save(tmp_path / "scene.png")
@@ -2458,8 +2462,9 @@ def save_class_scene(job):
     """Write one scene, or what a window sees of four, and four of its masks, present classes first -> rows of phrases.jsonl."""
     folder, split, index = job
     rng, n = np.random.default_rng(index), data.SCENE
-    scene, masks = class_scene([1000, index])
-    if index % 2:
+    if index % 2 == 0:
+        scene, masks = class_scene([1000, index])
+    else:
         (x, y), (scene, masks) = rng.integers(0, n, 2), side_by_side([2000, index], 2)
         scene, masks = scene.crop((x, y, x + n, y + n)), {category: mask[y:y + n, x:x + n] for category, mask in masks.items()}
     scene.save(folder / "images" / f"{index}.jpg", quality=95)
@@ -2472,8 +2477,10 @@ def save_class_scene(job):
 
 def train_on_classes(folder):
     """Train tiny on phrases that name all things of a class, in the format of one's own data -> path of the checkpoint."""
-    checkpoint = folder / "run" / "best.safetensors"
-    if not checkpoint.exists():
+    checkpoint, log = folder / "run" / "best.safetensors", folder / "run" / "log.jsonl"
+    if not log.exists() or '"kind": "test"' not in log.read_text():               # none, or one that was interrupted
+        for part in ("classes", "run"):
+            shutil.rmtree(folder / part, ignore_errors=True)
         for name in ("images", "masks"):
             (folder / "classes" / name).mkdir(parents=True)
         splits = ["train"] * 3000 + ["val"] * 100 + ["test"] * 200
@@ -2505,7 +2512,7 @@ def mosaic(folder, across=24):
         differences.append(windows - parts)
         print(f"| {record['phrase']} | {windows:.3f} | {parts:.3f} | {differences[-1]:+.3f} |")
     print(f"\nlook at {folder}/pictures")
-    assert max(map(abs, differences)) <= 0.03 and memory < 4
+    assert max(map(abs, differences)) <= 0.03 and memory < 1 + 20 * whole.width * whole.height / 2**30
 
 
 if __name__ == "__main__":
@@ -2518,6 +2525,6 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["ablation"]:
         ablation(Path(sys.argv[2] if sys.argv[2:] else "runs/ablation"))
     elif sys.argv[1:2] == ["mosaic"]:
-        mosaic(Path(sys.argv[2]), *map(int, sys.argv[3:]))
+        mosaic(Path(sys.argv[2] if sys.argv[2:] else "runs/mosaic"), *map(int, sys.argv[3:]))
     else:
         sys.exit(pytest.main([__file__, "-s", *sys.argv[1:]]))
