@@ -267,8 +267,8 @@ def read_refs(root, dataset=None):
     Raises FileNotFoundError or ValueError naming the file and the cure."""
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder, seen from {Path.cwd()}. Name the data's folder with --data; `python "
-                                "data.py download` fetches a data set, `train.py --sam tiny` draws its own.")
+        raise FileNotFoundError(f"{root}: no such folder, seen from {Path.cwd()}. Name the data's folder (train.py, evaluate.py: "
+                                "--data); `python data.py download` fetches a data set, `train.py --sam tiny` draws its own.")
     dataset = dataset or next((name for name, (mark, _) in FORMATS.items() if (root / mark).exists()), None)
     if dataset is None:
         marks = ", ".join(mark for mark, _ in FORMATS.values())

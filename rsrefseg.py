@@ -706,6 +706,8 @@ def main():
     phrases = args.phrases + ([text for _, text in lines(args.phrase_file)] if args.phrase_file else [])
     if not phrases:
         parser.error("say what to segment: a phrase, or --phrases FILE")
+    if args.out.is_file():
+        parser.error(f"--out {args.out} is a file: name a folder")
     if args.explain and args.tile:
         parser.error("--explain shows the scene seen whole: leave out --tile, or cut the window out yourself")
     Image.MAX_IMAGE_PIXELS = None                                                   # one's own scenes may be large

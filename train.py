@@ -49,6 +49,13 @@ def flag_of(name):
     return f"--{name.replace('_', '-')}"
 
 
+def amount(text):
+    """argparse type: a number from 0."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
+    return float(text)
+
+
 def parse_args(argv=None):
     tiny = " ".join(flag_of(name) + f" {value}" * (value is not True) for name, value in TINY.items())
     parser = argparse.ArgumentParser(description="Train RSRefSeg.", allow_abbrev=False,
@@ -69,8 +76,8 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue the run in --out")
     # model
     add("--lora-rank", type=int, help="0 trains the whole towers; unset by size (16, tiny 0)")
-    add("--lora-alpha", type=float, default=16, help="scale of the adapters, times the rank")
-    add("--lora-dropout", type=float, default=0.1, help="dropout on the input of the adapters")
+    add("--lora-alpha", type=amount, default=16, help="adapters are scaled by this over the rank")
+    add("--lora-dropout", type=amount, default=0.1, help="dropout on the input of the adapters")
     add("--text-lora", action=argparse.BooleanOptionalAction, default=True, help="adapt the text tower too")
     add("--down-blocks", type=int, choices=[1, 2, 3], default=2, help="stride-2 convolutions of the prompter: 14 x 14, 7 x 7 or "
         "4 x 4 sparse prompts (b, l)")
@@ -81,12 +88,12 @@ def parse_args(argv=None):
     add("--batch-size", type=positive, default=4, help="images in memory at a time")
     add("--total-batch", type=positive, default=32, help="images per optimiser step; gradients accumulate up to it")
     add("--phrases", type=positive, default=1, help="phrases per image, for data with several: they share one encoding")
-    add("--lr", type=float, default=1e-4, help="highest learning rate")
-    add("--weight-decay", type=float, default=0.05, help="of AdamW, on everything that trains")
-    add("--warmup-epochs", type=float, default=5, help="epochs of linear warm-up")
-    add("--clip", type=float, default=0.0, help="largest gradient norm; 0 does not clip")
+    add("--lr", type=amount, default=1e-4, help="highest learning rate")
+    add("--weight-decay", type=amount, default=0.05, help="of AdamW, on everything that trains")
+    add("--warmup-epochs", type=amount, default=5, help="epochs of linear warm-up")
+    add("--clip", type=amount, default=0.0, help="largest gradient norm; 0 does not clip")
     add("--loss", choices=["bce", "bce+dice"], default="bce", help="the paper's cross-entropy, or a Dice loss beside it")
-    add("--map-loss", type=float, default=0.0, help="weight of the same loss on the sentence map")
+    add("--map-loss", type=amount, default=0.0, help="weight of the same loss on the sentence map")
     # machine
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
     add("--amp", choices=list(AMP), help="autocast type; unset bf16 on CUDA, off elsewhere")
@@ -323,6 +330,8 @@ class Progress:
 
 def check_out(args):
     """Raises ValueError if --out holds a run that would be overwritten, or none that could be resumed."""
+    if args.out.is_file():
+        raise ValueError(f"--out {args.out} is a file: name a folder.")
     held = [name for name in ("resume.pt", "last.safetensors", "best.safetensors") if (args.out / name).exists()]
     if args.resume and "resume.pt" not in held:
         cure = "name another --out" if held else "start without --resume"
