@@ -29,6 +29,7 @@ import pickle
 import random
 import reprlib
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -195,7 +196,7 @@ def says_something(phrase):
 
 def inside(folder, name):
     """The file `name` in `folder`. Raises ValueError for a name that leads elsewhere."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if Path(name).anchor or ".." in Path(name).parts:
         raise ValueError(f"the file name {name!r} leaves the data folder")
     return folder / name
 
@@ -905,10 +906,11 @@ def toy_tokenizer():
 
 
 def leave_group(worker):
-    """worker_init_fn of a DataLoader: a Ctrl-C, or a signal to the whole job, must not reach the processes that read images
+    """worker_init_fn of a DataLoader: a Ctrl-C, or a signal to the whole job, must not end the processes that read images
     while the training process finishes its step and saves; but they must end with it (torch's own watch can wait for ever
     for somebody to empty its queue)."""
     parent = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow():
         while os.getppid() == parent:

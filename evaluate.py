@@ -34,7 +34,10 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
 def default_amp(device):
-    return "bf16" if device.startswith("cuda") else "off"
+    """Cards before Ampere only emulate bf16, slowly."""
+    if not device.startswith("cuda"):
+        return "off"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def iou(intersection, union):
@@ -182,7 +185,7 @@ def main():
     add("--shuffle-phrases", action="store_true", help="give each image another sample's phrase: the control")
     add("--batch-size", type=positive, help="default 16, with --bench 1")
     add("--workers", type=int, default=0)
-    add("--amp", choices=list(AMP), help="autocast type (default: bf16 on CUDA, off elsewhere)")
+    add("--amp", choices=list(AMP), help="autocast type (default: bf16 on CUDA, fp16 on its old cards, off elsewhere)")
     add("--siglip", help="file, folder or hub name, if not where training had it")
     add("--sam-weights", help="likewise for SAM")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")

@@ -18,11 +18,12 @@ from torch import nn
 
 
 class Dropout(nn.Dropout):
-    """The same, with a mask of bytes everywhere; on a CPU F.dropout keeps one in the type of x. A training step of b takes
+    """The same, with a mask of bytes on a CPU too, where F.dropout keeps one in the type of x. A training step of b takes
     0.85 GiB less."""
 
     def forward(self, x):
-        return torch.native_dropout(x, self.p, True)[0] if self.training and self.p else x
+        by_bytes = x.device.type == "cpu" and self.training and self.p
+        return torch.native_dropout(x, self.p, True)[0] if by_bytes else super().forward(x)
 
 
 class LoRA(nn.Module):

@@ -39,7 +39,8 @@ import threading
 import time
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from pathlib import Path
+from contextlib import nullcontext
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pytest
@@ -184,6 +185,11 @@ def test_files_that_ask_for_too_much_or_lead_elsewhere(toy, tmp_path, monkeypatc
         (tmp_path / "phrases.jsonl").write_text(json.dumps(row | {key: name}))
         with pytest.raises(ValueError, match="leaves the data folder"):
             data.read_refs(tmp_path)
+    monkeypatch.setattr(data, "Path", PureWindowsPath)
+    for name in ("/a.png", "\\Users\\a.png", "D:a.png", "\\\\server\\share\\a.png", "x\\..\\..\\a.png"):
+        with pytest.raises(ValueError, match="leaves the data folder"):
+            data.inside(PureWindowsPath("C:/data"), name)
+    assert data.inside(PureWindowsPath("C:/data"), "x/a.png") == PureWindowsPath("C:/data/x/a.png")
 
 
 HOSTILE_CALLS = [("os", "system"), ("posix", "system"), ("subprocess", "Popen"), ("builtins", "eval"), ("builtins", "exec"),
@@ -430,6 +436,19 @@ def test_defaults_are_the_papers():
     assert set(train.TINY) <= set(args), "every tiny default is a flag"
 
 
+def test_autocast_type_by_device(monkeypatch):
+    for ampere in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: ampere or including_emulation)
+        assert [evaluate.default_amp(device) for device in ("cuda:1", "cpu", "mps")] == ["bf16" if ampere else "fp16", "off", "off"]
+
+
+def test_training_on_mps_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(train, "usable_device", str)
+    with pytest.raises(SystemExit):
+        train.parse_args(["--sam", "b", "--device", "mps"])
+    assert "--device mps: training there was never run" in capsys.readouterr().err
+
+
 def test_lora_targets_and_errors():
     model = nn.ModuleDict(dict(a=nn.Linear(4, 4), b=nn.Conv2d(3, 4, 3), c=nn.LayerNorm(4), d=nn.Conv2d(4, 4, 3, groups=2)))
     assert lora.inject(model, ["a", "[ab]"], r=2) == ["a", "b"]
@@ -483,6 +502,21 @@ def test_phrases_of_an_image_share_its_encoding():
     images, ids, _ = batch(2, 3)
     one_by_one = torch.cat([model(images[i // 3:i // 3 + 1], ids[i:i + 1]) for i in range(6)])
     check("k phrases an image against one by one", model(images, ids), one_by_one, 1e-5)
+
+
+@pytest.mark.parametrize("size", "blh")
+def test_everything_is_made_on_the_models_device(size, monkeypatch):
+    """A training step at full size on torch's meta device, which knows shapes and computes nothing. A tensor that the code made on
+    the CPU is refused there as it would be beside a GPU, which was not at hand."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())       # there is none for meta
+    model, taps = RSRefSeg(size, init=False).to("meta"), {}
+    with torch.device("meta"):
+        images, targets = torch.empty(2, 3, 1024, 1024, dtype=torch.uint8), torch.empty(6, 1, 1024, 1024, dtype=torch.bool)
+        ids, mask = torch.empty(6, 9, dtype=torch.int64), torch.empty(6, 9, dtype=torch.bool)
+    logits = model(images / 255, ids, mask, taps)
+    (model.loss(logits, targets, dice=True) + model.map_loss(taps["sentence_map"], targets)).backward()
+    assert logits.shape == (6, 1, 256, 256) and taps["sparse"].shape == (6, 49, 256)
+    assert all(parameter.grad.is_meta for parameter in model.parameters() if parameter.requires_grad)
 
 
 ABLATED = [{}, dict(prompts="sparse"), dict(prompts="dense"), dict(text="local"), dict(text="global"), dict(text_lora=False),
@@ -1557,18 +1591,23 @@ def small_run(toy, tmp_path, monkeypatch):
 
 
 def test_stopped_runs_resume_to_the_bit(small_run, tmp_path):
-    """SIGINT and SIGTERM finish the step, save, and say how to go on; the end is that of a run that nobody stopped."""
+    """SIGINT and SIGTERM, to all of its processes, finish the step, save, and say how to go on; the end is that of a run that
+    nobody stopped. The first as on Windows, where reading processes are spawned and cannot leave the group."""
     run("-c", SMALL_RUN, *small_run, "--out", tmp_path / "whole")
-    for number in (signal.SIGINT, signal.SIGTERM):
+    (tmp_path / "sitecustomize.py").write_text(
+        'import multiprocessing, os; del os.setsid; multiprocessing.set_start_method("spawn")')
+    for number, path in ((signal.SIGINT, tmp_path), (signal.SIGTERM, HERE)):
         out, stops = tmp_path / number.name, 0
         while True:
             process = subprocess.Popen([sys.executable, "-c", SMALL_RUN, *small_run, "--out", out, *["--resume"] * (stops > 0)],
-                                       cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                                       cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                       start_new_session=True, env=os.environ | {"PYTHONPATH": str(path)})
             text = ""
             for line in process.stdout:
                 text += line
                 if line.startswith("train e") and stops < 3:
-                    process.send_signal(number)
+                    time.sleep(0.1 * stops)                                                # between steps, then within one
+                    os.killpg(process.pid, number)
                     break
             text += process.stdout.read()
             if "test  | gIoU" in text:
@@ -2316,8 +2355,7 @@ def bench_worker(kind, args):
     ids[:, -1] = siglip.EOS
     forward = (lambda: model(images, ids)) if kind == "ours" else (
         lambda: model(images.repeat_interleave(args.phrases, 0), ids)[0])
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, weight_decay=0.05,
-                                  fused=kind == "ours" or None)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, weight_decay=0.05)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16" and device.type == "cuda")
     print("ready", flush=True)
     for _ in sys.stdin:

@@ -95,8 +95,9 @@ def parse_args(argv=None):
     add("--loss", choices=["bce", "bce+dice"], default="bce", help="the paper's cross-entropy, or a Dice loss beside it")
     add("--map-loss", type=amount, default=0.0, help="weight of the same loss on the sentence map")
     # machine
-    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
-    add("--amp", choices=list(AMP), help="autocast type; unset bf16 on CUDA, off elsewhere")
+    own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                                # not the first one's memory
+    add("--device", type=usable_device, default=own_gpu if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--amp", choices=list(AMP), help="autocast type; unset bf16 on CUDA, fp16 on its old cards, off elsewhere")
     add("--deterministic", action="store_true", help="the same bits again on the same GPU; what cannot be is named in a warning")
     add("--checkpoint-activations", action="store_true", help="half the memory, 4 tenths more time")
     add("--workers", type=int, default=4, help="processes that read images")
@@ -113,6 +114,8 @@ def parse_args(argv=None):
     args.data = args.data or Path("data") / (f"toy-{args.toy_seed}" if args.draw else "rrsis-d")
     args.out = args.out or Path("runs") / args.sam
     args.amp = args.amp or default_amp(args.device)
+    if args.device.startswith("mps"):
+        parser.error("--device mps: training there was never run, and its gradients with dropout are known to fail; give cpu")
     if args.sam == "tiny" and args.lora_rank and not (args.siglip and args.sam_weights or args.init):
         parser.error("--sam tiny has no pretrained towers for --lora-rank to adapt, unless --siglip and --sam-weights name some")
     if args.sam == "tiny" and not args.lora_rank and (args.siglip or args.sam_weights):
@@ -428,7 +431,7 @@ def log_training(progress, total, steps_per_epoch, rate, norm, took, args):
     """One line on the mean loss since the last one; `took` seconds a step."""
     mean = progress.running / progress.logged if progress.logged else math.nan
     cuda = args.device.startswith("cuda")
-    gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else math.nan
+    gib = torch.cuda.max_memory_allocated(args.device) / 2**30 if cuda else math.nan
     record = dict(step=progress.step, epoch=progress.step / steps_per_epoch, loss=mean, lr=rate, gnorm=norm,
                   seconds_per_step=took, images_per_second=args.total_batch / took, skipped=progress.skipped, gib=gib)
     text = (f"train e {record['epoch']:06.2f} step {progress.step:06d}/{total:06d} | loss {mean:.4f} | lr {rate:.2e} | "
@@ -473,7 +476,7 @@ def main(argv=None):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last)                                # convolutions run faster in this layout
     print(lora.table(model))
-    optimiser = torch.optim.AdamW(optimiser_groups(model, args), lr=args.lr, fused=device.type == "cuda")
+    optimiser = torch.optim.AdamW(optimiser_groups(model, args), lr=args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     forward = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     args.out.mkdir(parents=True, exist_ok=True)
