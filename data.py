@@ -60,9 +60,9 @@ PUBLISHED = {"rrsisd": dict(train=12181, val=1740, test=3481), "refsegrs": dict(
 
 class PlainUnpickler(pickle._Unpickler):
     """Reads lists, dicts, strings and numbers. Anything else in a pickle names a function to call: refused. Written in
-    Python, because the one in C reserves as much memory as a few bytes of a file ask for. Tuples (nested, they take for ever to
-    hash), frozen sets and byte arrays are refused too."""
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code not in b"t\x85\x86\x87\x91\x96"}
+    Python, because the one in C reserves as much memory as a few bytes of a file ask for. Nested tuples take for ever to hash."""
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in (
+        pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.FROZENSET, pickle.BYTEARRAY8)}
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it wants to call {module}.{name}")
@@ -182,7 +182,7 @@ def clean_mask(mask):
 @dataclass(frozen=True)
 class Ref:
     """One row: what the phrase names in one image."""
-    ref_id: object   # a number, or "split:line" where the data set numbers nothing
+    ref_id: object   # a number, or "split:line" or "file:line" where the data set numbers nothing
     split: str
     image: Path
     phrase: str
@@ -319,7 +319,7 @@ class RefSegDataset(Dataset):
         refs       k rows (Ref)
 
     k = 1 is the paper: every phrase is an item of its own. With k > 1 an image's phrases are dealt out k at a time, the
-    last group filled up from the first. `cache` keeps decoded items in memory (60 kB an item at S = 96 and k = 4).
+    last group filled up from the first. `cache` keeps decoded items, without originals, in memory (60 kB each at S = 96, k = 4).
     `clean` passes `masks` through `clean_mask`. `without` holds ref_ids to leave out.
     Raises FileNotFoundError or ValueError naming the file or row and the cure.
     """
@@ -369,7 +369,8 @@ class RefSegDataset(Dataset):
 
 
 def collate(items):
-    """Items -> a batch: images (B, 3, S, S) uint8, masks (N, 1, S, S) bool, originals and refs as lists of N."""
+    """Items -> a batch: images (B, 3, S, S) uint8, masks (N, 1, S, S) bool, originals (if not cached) and refs as
+    lists of N."""
     return dict(images=torch.stack([item["image"] for item in items]), masks=torch.cat([item["masks"] for item in items]),
                 originals=[mask for item in items for mask in item["originals"] or []],
                 refs=[ref for item in items for ref in item["refs"]])
@@ -611,11 +612,9 @@ def draw_tennis(draw, p, colour):
     draw.rectangle((0.02 * p, 0.22 * p, 0.98 * p, 0.78 * p), fill=colour)
     white, w = (240, 240, 240), max(1, p // 45)
     draw.rectangle((0.12 * p, 0.29 * p, 0.88 * p, 0.71 * p), outline=white, width=w)
-    draw.line((0.12 * p, 0.35 * p, 0.88 * p, 0.35 * p), fill=white, width=w)
-    draw.line((0.12 * p, 0.65 * p, 0.88 * p, 0.65 * p), fill=white, width=w)
-    draw.line((0.3 * p, 0.5 * p, 0.7 * p, 0.5 * p), fill=white, width=w)
-    for x in (0.3, 0.5, 0.7):
-        draw.line((x * p, (0.26 if x == 0.5 else 0.35) * p, x * p, (0.74 if x == 0.5 else 0.65) * p), fill=white, width=w)
+    for x1, y1, x2, y2 in ((0.12, 0.35, 0.88, 0.35), (0.12, 0.65, 0.88, 0.65), (0.3, 0.5, 0.7, 0.5),
+                           (0.3, 0.35, 0.3, 0.65), (0.5, 0.26, 0.5, 0.74), (0.7, 0.35, 0.7, 0.65)):
+        draw.line((x1 * p, y1 * p, x2 * p, y2 * p), fill=white, width=w)
 
 
 def draw_ship(draw, p, colour):
@@ -685,7 +684,9 @@ def texture(rng, side, cells, strength):
 
 
 def arrange(rng):
-    """Choose the shore line, the road and the things of a scene, well apart. -> things, shore, road."""
+    """Choose the shore line, the road and the things of a scene, well apart -> things, shore, road. With x, y from the centre it
+    is water where x shore[0] + y shore[1] + shore[2] > 0; the road runs along (road[0], road[1]), road[2] beside the centre, at
+    road[3] degrees."""
     angle = rng.uniform(0, 2 * math.pi)
     shore = (math.cos(angle), math.sin(angle), rng.uniform(-0.12, 0.12)) if rng.random() < 0.45 else None
     angle = rng.uniform(0, math.pi)
@@ -767,8 +768,7 @@ def paint_thing(rng, scene, thing):
     rows, columns = slice(max(0, top), min(SCENE, top + h)), slice(max(0, left), min(SCENE, left + w))
     patch = patch[rows.start - top:rows.stop - top, columns.start - left:columns.stop - left]
     colours, alpha = patch[..., :3], patch[..., 3] / 255
-    below, right = scene[rows.start + drop:rows.stop + drop], slice(columns.start + drop, columns.stop + drop)
-    under = below[:, right]
+    under = scene[rows.start + drop:rows.stop + drop, columns.start + drop:columns.stop + drop]
     blend(under, 20, 0.45 * alpha[:under.shape[0], :under.shape[1]])
     blend(scene[rows, columns], colours + texture(rng, SCENE, 100, 4)[rows, columns, None], alpha)
     thing.mask = np.zeros((SCENE, SCENE), bool)
@@ -844,8 +844,7 @@ def toy_scene(seed, index):
     rows = []
     while len(rows) < 4:                                            # a scene too crowded for four phrases is drawn anew
         things, shore, road = arrange(rng)
-        rows = [(thing, choose_phrase(rng, things, thing)) for thing in things]
-        rows = [row for row in rows if row[1]]
+        rows = [(thing, phrase) for thing in things if (phrase := choose_phrase(rng, things, thing))]
     scene = paint_ground(rng, shore, road)
     for i, thing in enumerate(things):
         paint_thing(rng, scene, thing)
@@ -864,9 +863,8 @@ def save_scene(job):
     image.save(folder / name, quality=95)
     for i, (thing, phrase) in enumerate(rows):
         number, category = 4 * index + i, CATEGORIES.index(thing.category)
-        ys, xs = np.nonzero(thing.mask)
         annotations.append(dict(id=number, image_id=index, categories_id=category, area=int(thing.mask.sum()),
-                                bbox=[int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1],        # x1 y1 x2 y2
+                                bbox=Image.fromarray(thing.mask).getbbox(),                       # x1 y1 x2 y2
                                 segmentation=[dict(size=[SCENE, SCENE], counts=encode_rle(thing.mask))]))
         sentence = dict(tokens=phrase.lower().split(), raw=phrase, sent_id=number, sent=phrase)
         refs.append(dict(image_id=index, split=split, sentences=[sentence], file_name=name, category_id=category,

@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from data import FORMATS, RefSegDataset, collate, image_tensor, leave_group, positive, read_image, run
 from rsrefseg import SIGLIP_HUB, SIZES, RSRefSeg, heat, is_checkpoint, logits_at, overlay, read_checkpoint, usable_device
-from siglip import tokenize
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -60,7 +59,8 @@ def processes():
 
 @torch.inference_mode()
 def evaluate(model, dataset, batch_size, amp=None, workers=0, shuffle_phrases=False):
-    """-> one row a phrase: {ref_id, image, phrase, category, intersection, union, iou}, in the data set's order.
+    """A data set with one phrase an item -> one row each, in its order: {ref_id, image, phrase, category, intersection, union,
+    iou}.
 
     `amp` is the autocast type or None. `shuffle_phrases` gives each image the phrase of a sample half a data set away: a
     model that reads the phrase fails then. Where several processes share the work each scores every n-th sample, once, and
@@ -68,15 +68,14 @@ def evaluate(model, dataset, batch_size, amp=None, workers=0, shuffle_phrases=Fa
     """
     model.eval()
     device, rows, (rank, world) = model.sam.mean.device, [], processes()
-    order = [ref.phrase for ref in dataset.refs]
-    if shuffle_phrases:
-        order = order[len(order) // 2:] + order[:len(order) // 2]
+    shift = len(dataset.refs) // 2 if shuffle_phrases else 0
+    phrase_for = {ref: other.phrase for ref, other in zip(dataset.refs, dataset.refs[shift:] + dataset.refs[:shift])}
     mine = range(rank, len(dataset), world)
     loader = DataLoader(Subset(dataset, mine), batch_size, collate_fn=collate, num_workers=workers, worker_init_fn=leave_group)
     with tqdm(total=len(mine), desc=f"evaluating {dataset.split}", unit="phrase", leave=False, disable=rank > 0) as bar:
         for batch in loader:
-            phrases = [order[i] for i in mine[len(rows):len(rows) + len(batch["refs"])]]
-            ids, mask = (x.to(device) for x in tokenize(model.tokenizer, phrases))
+            phrases = [phrase_for[ref] for ref in batch["refs"]]
+            ids, mask = model.read_phrases(phrases)
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 logits = model(batch["images"].to(device) / 255, ids, mask)
             for ref, phrase, target, one in zip(batch["refs"], phrases, batch["originals"], logits):
@@ -97,12 +96,6 @@ def line(split, result):
     precision = " ".join(f"Pr@{x} {result[f'Pr@{x}']:.1f}" for x in THRESHOLDS)
     empty = f", {result['both_empty']} with empty target and prediction" if result["both_empty"] else ""
     return f"{split} | gIoU {result['gIoU']:.2f} | cIoU {result['cIoU']:.2f} | {precision} | {result['samples']} phrases{empty}"
-
-
-def by_category(rows):
-    """-> {category: scores}"""
-    return {category: scores([row for row in rows if row["category"] == category])
-            for category in sorted({row["category"] for row in rows})}
 
 
 def table(categories):
@@ -210,7 +203,8 @@ def main():
         model = RSRefSeg.from_checkpoint(args.checkpoint, args.siglip, args.sam_weights, dtype).to(args.device)
     dataset = RefSegDataset(data, args.split, model.image_size, dataset=form)
     rows = evaluate(model, dataset, args.batch_size or 16, AMP[args.amp], args.workers, args.shuffle_phrases)
-    result, categories = scores(rows), by_category(rows)
+    result, names = scores(rows), sorted({row["category"] for row in rows})
+    categories = {name: scores([row for row in rows if row["category"] == name]) for name in names}
     print(table(categories))
     print(line(args.split + " with shuffled phrases" * args.shuffle_phrases, result))
     name = f"{args.checkpoint.with_suffix('')}.{args.split}{'.shuffled' * args.shuffle_phrases}"

@@ -27,8 +27,8 @@ class Dropout(nn.Dropout):
 
 
 class LoRA(nn.Module):
-    """A frozen Linear or Conv2d with its adapter: A goes down to r features as the layer itself would go to its outputs, B goes
-    back up at each place by itself."""
+    """A frozen Linear or Conv2d with its adapter: A is a layer like it (same kernel, stride, padding) with r outputs, B maps
+    these r to its outputs, for a Conv2d with a 1 x 1 kernel."""
 
     def __init__(self, base, r, alpha, dropout):
         super().__init__()
@@ -59,20 +59,18 @@ def inject(model, targets, r=16, alpha=16, dropout=0.0):
     Raises ValueError, before anything is changed, when a target matches nothing, or something that is neither Linear nor
     an ungrouped Conv2d.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
-    names = []
+    layers = {}                                                    # by name: one that two targets name is adapted once
     for target in targets:
-        found = [name for name in modules if fnmatchcase(name, target)]
+        found = {name: module for name, module in model.named_modules() if name and fnmatchcase(name, target)}
         if not found:
             raise ValueError(f"LoRA target {target!r} matches no layer of {type(model).__name__}.")
-        names += found
-    names = list(dict.fromkeys(names))                             # a layer named twice is adapted once
-    for name in names:
-        if type(modules[name]) not in (nn.Linear, nn.Conv2d) or getattr(modules[name], "groups", 1) != 1:
-            raise ValueError(f"LoRA target {name!r} is {modules[name]}; only Linear and Conv2d with groups=1 can be adapted.")
-    for name in names:
-        model.set_submodule(name, LoRA(modules[name], r, alpha, dropout))
-    return names
+        layers |= found
+    for name, layer in layers.items():
+        if type(layer) not in (nn.Linear, nn.Conv2d) or getattr(layer, "groups", 1) != 1:
+            raise ValueError(f"LoRA target {name!r} is {layer}; only Linear and Conv2d with groups=1 can be adapted.")
+    for name, layer in layers.items():
+        model.set_submodule(name, LoRA(layer, r, alpha, dropout))
+    return list(layers)
 
 
 def adapted_layers(model):

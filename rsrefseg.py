@@ -4,7 +4,7 @@ SigLIP reads image and phrase, AttnPrompter turns their agreement into prompts, 
 frozen towers.
 
     python rsrefseg.py IMAGE "the gray ship on the left" ["another phrase" ...] --checkpoint FILE [--out DIR]
-        [--tile PIXELS] [--json] [--explain]       IMAGE may be a folder of images
+        [--phrases FILE] [--tile PIXELS] [--json] [--explain]       IMAGE may be a folder of images
 
 Shapes: B images, N phrases (N = B k, the k phrases of an image side by side), L text tokens of a phrase (EOS included),
 D SigLIP width, C SAM prompt width, g SigLIP grid, e SAM grid, M sparse prompts, H W pixels, r rank.
@@ -44,7 +44,7 @@ from siglip import SigLIP, canonical, load_tokenizer, tokenize, unknown_words
 class Size:
     sam: object          # a row of sam.SIZES by its name, or a SAMSize
     siglip: object       # a row of siglip.SIZES by its name, or a SigLIPSize
-    lora_rank: int       # 0: nothing is frozen
+    lora_rank: int       # 0: the towers train whole
 
 
 SIZES = {name: Size(name, "so400m", 16) for name in ("b", "l", "h")} | {"tiny": Size("tiny", "tiny", 0)}
@@ -119,10 +119,10 @@ class AttnPrompter(nn.Module):
         word_map = torch.sigmoid(a * torch.einsum("ndhw,nld->nlhw", v_unit, t_unit) + b)
         sentence_map = a * torch.einsum("ndhw,nd->nhw", v_unit, s_unit) + b
         words = mask[:, :, None, None].to(word_map.dtype)
-        mean_map = (word_map * words).sum(1, keepdim=True) / words.sum(1, keepdim=True)          # differs: padding left out
-        local = (v + v * mean_map) / 2                                                           # eq. 3, local semantics
-        globally = v * sentence_map.sigmoid()[:, None]                                           # eq. 3, global semantics
-        parts = {"both": [local, globally, v], "local": [local, v], "global": [globally, v]}[self.text]
+        mean_map = (word_map * words).sum(1, keepdim=True) / words.sum(1, keepdim=True)          # released: padding too
+        f_local = (v + v * mean_map) / 2                                                         # eq. 3, local semantics
+        f_global = v * sentence_map.sigmoid()[:, None]                                           # eq. 3, global semantics
+        parts = {"both": [f_local, f_global, v], "local": [f_local, v], "global": [f_global, v]}[self.text]
         attended = torch.cat(parts, 1)                                                           # (N, 3D, g, g)
         x = self.channel(attended) + position_code                                               # (N, C, g, g)
         x = self.project(self.spatial(x))                                                        # eq. 4: (N, C, sqrt M, sqrt M)
@@ -140,9 +140,31 @@ class Unwritten(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
+def logits_at(logits, image_size, height, width):
+    """Mask logits (N, 1, 4e, 4e) -> (N, height, width): bilinear to the model's input, then to the image. Above 0 is the mask."""
+    full = F.interpolate(logits.float(), size=(image_size, image_size), mode="bilinear", align_corners=False)
+    return F.interpolate(full, size=(height, width), mode="bilinear", align_corners=False)[:, 0]
+
+
+def windows(length, tile):
+    """Along one side of an image: the length of a window and where the windows start, at least half over each other."""
+    tile = min(tile or length, length)
+    steps = math.ceil(2 * (length - tile) / tile)
+    return tile, [round(i * (length - tile) / max(1, steps)) for i in range(steps + 1)]
+
+
+def shares(starts, tile, length):
+    """(windows, tile): how much each window counts at its pixels along one side, together 1 at each pixel of the image, least
+    at its ends, so that no seam shows."""
+    hill, total = torch.sin((torch.arange(tile) + 0.5) / tile * math.pi) ** 2 + 1e-4, torch.zeros(length)
+    for start in starts:
+        total[start:start + tile] += hill
+    return [hill / total[start:start + tile] for start in starts]
+
+
 class RSRefSeg(nn.Module):
-    """The whole model. `sam` is a name in SIZES or a Size; weights are random until loaded. The defaults are the paper's model;
-    text_lora, down_blocks, prompts and text are what its ablations change.
+    """The whole model. `sam` is a name in SIZES, or a Size, which `save` cannot write; weights are random until loaded. The
+    defaults are the paper's model; text_lora, down_blocks, prompts and text are what its ablations change.
 
     With lora_rank > 0 the towers are frozen and adapted; prompter, mask-prompt convolutions and mask decoder train
     whole. With lora_rank = 0 the towers train whole too. `lora_rank=None` takes the size's own. Parameters that
@@ -229,7 +251,7 @@ class RSRefSeg(nn.Module):
     @staticmethod
     def loss(logits, masks, dice=False):
         """5 x binary cross-entropy at the size of masks (N, 1, H, W) in {0, 1} (areas in [0, 1] also serve); the logits are
-        brought there bilinearly. `dice` adds a soft Dice loss: not in the paper, needed from scratch."""
+        brought there bilinearly. `dice` adds a soft Dice loss: not in the paper, tiny uses it."""
         masks = masks.float()
         logits = F.interpolate(logits.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False)
         loss = 5 * F.binary_cross_entropy_with_logits(logits, masks)
@@ -248,7 +270,7 @@ class RSRefSeg(nn.Module):
 
     def read_phrases(self, phrases):
         """N phrases -> ids (N, L), mask (N, L) on the model's device. Raises ValueError for none or an empty one."""
-        for phrase in phrases or [""]:
+        for phrase in phrases or [""]:                                  # none is treated as an empty one
             if not canonical(phrase):
                 raise ValueError(f"phrase {phrase!r} is empty: say what to segment, for example 'the ship on the left'.")
         return (x.to(self.sam.mean.device) for x in tokenize(self.tokenizer, phrases))
@@ -268,32 +290,28 @@ class RSRefSeg(nn.Module):
         device, was_training = self.sam.mean.device, self.training
         self.eval()
         (h, ys), (w, xs) = windows(image.height, tile), windows(image.width, tile)
-        hat = hill(h)[:, None] * hill(w) if len(ys) * len(xs) > 1 else torch.ones(())   # how much each pixel of a window counts
+        down, across = shares(ys, h, image.height), shares(xs, w, image.width)
         found = torch.zeros(len(phrases), image.height, image.width, dtype=torch.bool)
-        total, area = torch.zeros(len(phrases)), torch.zeros(len(phrases))             # per phrase: probabilities, pixels
-        weight = torch.zeros(h, image.width)
+        total = torch.zeros(len(phrases))                                               # of the probabilities inside each mask
         above = [torch.zeros(0, image.width)] * len(phrases)                            # what the strip above adds to this one
         with tqdm(total=len(ys) * len(xs), desc="windows", disable=len(ys) * len(xs) == 1) as bar:
-            for y, following in zip(ys, [*ys[1:], image.height]):                       # a strip of windows, from top to bottom
+            for y, following, share_y in zip(ys, [*ys[1:], image.height], down):        # a strip of windows, from top to bottom
                 answers = []
                 for x in xs:
                     pixels = image_tensor(image.crop((x, y, x + w, y + h)), self.image_size)[None].to(device) / 255
                     answers.append(self(pixels, ids, mask))
-                    weight[:, x:x + w] += hat
                     bar.update()
                 done = following - y                                                    # no later window reaches these rows
                 for i in range(len(phrases)):                                           # one at a time: their logits are large
                     logits = F.pad(above[i], (0, 0, 0, h - len(above[i])))
-                    for x, answer in zip(xs, answers):
-                        logits[:, x:x + w] += hat * logits_at(answer[i:i + 1], self.image_size, h, w)[0].cpu()
-                    final = logits[:done] / weight[:done]
-                    found[i, y:following] = above_zero = final > 0
-                    total[i] += final[above_zero].sigmoid().sum()
-                    area[i] += above_zero.sum()                                         # found.sum() would take 8 bytes a pixel
-                    above[i] = logits[done:].clone()
-                weight = F.pad(weight[done:], (0, 0, 0, done))
-        if scores is not None:
-            scores += (total / area.clamp(min=1)).tolist()
+                    for x, share_x, answer in zip(xs, across, answers):
+                        answer = logits_at(answer[i:i + 1], self.image_size, h, w)[0].cpu()
+                        logits[:, x:x + w] += share_y[:, None] * share_x * answer
+                    final, above[i] = logits[:done], logits[done:].clone()
+                    found[i, y:following] = final > 0
+                    total[i] += final[final > 0].sigmoid().sum()
+        if scores is not None:                                                          # one.sum() would take 8 bytes a pixel
+            scores += [float(p / one.count_nonzero().clamp(min=1)) for p, one in zip(total, found)]
         self.train(was_training)
         return found
 
@@ -344,7 +362,7 @@ class RSRefSeg(nn.Module):
         wanted = lora.trained_state_dict(self)
         wrong = sorted(key for key in tensors.keys() | wanted.keys()
                        if key not in tensors or key not in wanted or tensors[key].shape != wanted[key].shape)
-        if wrong or any(settings[name] != self.settings[name] for name in ABLATIONS):        # of some ablations shapes are alike
+        if wrong or any(settings[name] != self.settings[name] for name in ABLATIONS):        # some ablations differ in no shape
             raise ValueError(f"{path} was trained as {settings}, this model is {self.settings}: {len(wrong)} tensors do not fit"
                              f"{', first ' + wrong[0] if wrong else ''}. Build the model with the checkpoint's settings (--sam "
                              f"{settings['sam']}).")
@@ -387,15 +405,14 @@ class RSRefSeg(nn.Module):
             raise ValueError(f"the released layout is for the paper's model with LoRA, not for {self.settings}.")
         if self.siglip.text_model.head.base.weight.dtype != torch.float32:
             raise ValueError("the frozen towers are not fp32, and would be written rounded: load the model without dtype first.")
-        names, r, extra = pooling_names(), self.settings["lora_rank"], self.official_extra
+        r, width, extra = self.settings["lora_rank"], self.siglip.size.width, self.official_extra
         if not extra:
             if not self.backbones:
                 raise ValueError("the released layout holds SigLIP's pooling head, which this model has not: call load_backbones "
                                  "first.")
             with safe_open(fetch(self.backbones["siglip"], "model.safetensors"), "pt") as file:
-                extra = {theirs: file.get_tensor(key) for theirs, key in names.items() if key}
-            extra |= {theirs: torch.zeros((r, self.siglip.size.width) if "lora_A" in theirs else (self.siglip.size.width, r))
-                      for theirs, key in names.items() if not key}
+                extra = {theirs: file.get_tensor(key) if key else torch.zeros((r, width) if "lora_A" in theirs else (width, r))
+                         for theirs, key in pooling_names().items()}
         down_blocks = self.settings["down_blocks"]
         state = {official_name(key, down_blocks): tensor.contiguous() for key, tensor in self.state_dict().items()}
         state |= extra | {POSITION_ALIAS: self.sam.shared_image_embedding.positional_embedding.clone()}
@@ -455,9 +472,8 @@ def official_name(name, down_blocks):
 
 def pooling_names():
     """The pooling head's keys there -> its keys in SigLIP's own file, None for the LoRA on its out_proj."""
-    names = {}
-    for key in siglip_file.UNUSED:
-        names[POOLING + key.removeprefix("vision_model.head.").replace("out_proj.", "out_proj.base_layer.")] = key
+    names = {POOLING + key.removeprefix("vision_model.head.").replace("out_proj.", "out_proj.base_layer."): key
+             for key in siglip_file.UNUSED}
     return names | {f"{POOLING}attention.out_proj.lora_{ab}.default.weight": None for ab in "AB"}
 
 
@@ -560,24 +576,6 @@ def fetch(source, name):
     return found
 
 
-def logits_at(logits, image_size, height, width):
-    """Mask logits (N, 1, 4e, 4e) -> (N, height, width): bilinear to the model's input, then to the image. Above 0 is the mask."""
-    full = F.interpolate(logits.float(), size=(image_size, image_size), mode="bilinear", align_corners=False)
-    return F.interpolate(full, size=(height, width), mode="bilinear", align_corners=False)[:, 0]
-
-
-def windows(length, tile):
-    """Along one side of an image: the length of a window and where the windows start, at least half over each other."""
-    tile = min(tile or length, length)
-    steps = math.ceil(2 * (length - tile) / tile)
-    return tile, [round(i * (length - tile) / max(1, steps)) for i in range(steps + 1)]
-
-
-def hill(n):
-    """(n,) weights of a window's pixels along one side: 1 in the middle, next to nothing at the ends, so that no seam shows."""
-    return torch.sin((torch.arange(n) + 0.5) / n * math.pi) ** 2 + 1e-4
-
-
 def heat(image, values, side):
     """(h, w) values over a PIL image, dark where they are least, the image in full light where they are most."""
     low, high = values.min(), values.max()
@@ -599,12 +597,9 @@ def explain(model, image, phrase, side=256):
     least to its most), where the mask decoder's mask token looks at last, and the mask."""
     image = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
     ids, mask = model.read_phrases([phrase])
-    taps, look, was_training = {}, {}, model.training
-
-    def watch(attention, inputs):
-        look["map"] = attention_weights(attention, *inputs[:2])[0, :, 1].mean(0)        # token 0 is the IoU token
-
-    with model.sam.mask_decoder.transformer.final_attn_token_to_image.register_forward_pre_hook(watch):
+    taps, was_training = {}, model.training
+    with model.sam.mask_decoder.transformer.final_attn_token_to_image.register_forward_pre_hook(     # token 0 is the IoU token
+            lambda attention, inputs: taps.update(look=attention_weights(attention, *inputs[:2])[0, :, 1].mean(0))):
         logits = model.eval()(image_tensor(image, model.image_size)[None].to(ids.device) / 255, ids, mask, taps)
     model.train(was_training)
     found = logits_at(logits, model.image_size, image.height, image.width)[0].cpu() > 0
@@ -612,7 +607,7 @@ def explain(model, image, phrase, side=256):
     e = taps["f_sam"].shape[-1]
     maps = [(f"word map: {word.strip(chr(0x2581))}", taps["word_map"][0, i]) for i, word in enumerate(words)]
     maps += [("mean of the word maps", taps["word_map"][0].mean(0)), ("sentence map", taps["sentence_map"][0].sigmoid()),
-             ("mask token looks at", look["map"].unflatten(0, (e, e)))]
+             ("mask token looks at", taps["look"].unflatten(0, (e, e)))]
     panels = [(phrase, image.resize((side, side)))]
     panels += [(f"{name}, {values.min():.2g} to {values.max():.2g}", heat(image, values.cpu().numpy(), side))
                for name, values in maps]
@@ -653,9 +648,9 @@ def short(text):
 
 
 def segment_file(model, path, name, phrases, args):
-    """Write masks and overlays of one image file -> a record per phrase: image, phrase, area in pixels, its share of the
-    image, box x1 y1 x2 y2, score, files."""
-    image, tags, scores, records = read_image(path), geo_tags(path), [], []
+    """Write masks and overlays of one image file, and yield a record per phrase: image, phrase, area in pixels, its share of
+    the image, box x1 y1 x2 y2, score, files."""
+    image, tags, scores = read_image(path), geo_tags(path), []
     for i, (phrase, mask) in enumerate(zip(phrases, model.segment(image, phrases, args.tile, scores).numpy()), 1):
         stem = args.out / f"{short(name)}_{i}_{short(canonical(phrase))}"
         files = dict(mask=f"{stem}_mask.{'tif' if tags else 'png'}", overlay=f"{stem}_overlay.png")
@@ -667,11 +662,8 @@ def segment_file(model, path, name, phrases, args):
         if args.explain:
             files["explained"] = f"{stem}_explained.png"
             explain(model, image, phrase).save(files["explained"])
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        box = [int(v) for v in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)] if len(rows) else None
-        records.append(dict(image=str(path), phrase=phrase, area=int(mask.sum()), share=float(mask.mean()), box=box,
-                            score=scores[i - 1], **files))
-    return records
+        yield dict(image=str(path), phrase=phrase, area=int(mask.sum()), share=float(mask.mean()),
+                   box=Image.fromarray(mask).getbbox(), score=scores[i - 1], **files)
 
 
 def images_in(folder):
@@ -720,15 +712,14 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     stems, failed = [path.stem for path in paths], []
     for path in paths:
+        name = path.name if stems.count(path.stem) > 1 else path.stem
         try:
-            records = segment_file(model, path, path.name if stems.count(path.stem) > 1 else path.stem, phrases, args)
+            for record in segment_file(model, path, name, phrases, args):
+                share = f"{record['share']:.1%} of the image, score {record['score']:.2f}" if record["box"] else "nothing found"
+                files = ", ".join(record[kind] for kind in ("mask", "overlay", "explained") if kind in record)
+                print(json.dumps(record) if args.json else f"{record['phrase']!r}: {share} -> {files}", flush=True)
         except (OSError, ValueError) as error:                                      # the other images of a folder still count
             failed.append(str(error))
-            continue
-        for record in records:
-            share = f"{record['share']:.1%} of the image, score {record['score']:.2f}" if record["box"] else "nothing found"
-            files = ", ".join(record[kind] for kind in ("mask", "overlay", "explained") if kind in record)
-            print(json.dumps(record) if args.json else f"{record['phrase']!r}: {share} -> {files}", flush=True)
     if failed:
         raise ValueError(f"{len(failed)} of {len(paths)} images: " + " ".join(failed) if len(paths) > 1 else failed[0])
 

@@ -92,7 +92,7 @@ class Attention(nn.Module):
     """Self-attention over an n x n grid with decomposed relative positions (ViTDet): softmax(q.k / sqrt(d) + bias),
     bias = q.Rh[row of q, row of k] + q.Rw[column of q, column of k].
 
-    As an N x N matrix the bias of one global block of SAM-b would take 0.4 GB per image in bf16. But it is an inner
+    As an n^2 x n^2 matrix the bias of one global block of SAM-b would take 0.4 GB per image in bf16. But it is an inner
     product: append (q Rh, q Rw) to each query and one-hot (row, column) codes to each key, and plain attention adds it.
     """
 
@@ -120,23 +120,19 @@ class Attention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """window = 0: global attention over the e x e grid."""
+    """Attention inside windows of window x window places; one window as large as the grid makes it global."""
 
     def __init__(self, size, window):
         super().__init__()
         self.window = window
         self.layer_norm1 = nn.LayerNorm(size.width, eps=1e-6)
-        self.attn = Attention(size.width, size.heads, window or size.image // size.patch)
+        self.attn = Attention(size.width, size.heads, window)
         self.layer_norm2 = nn.LayerNorm(size.width, eps=1e-6)
         self.mlp = MLP(size.width, 4 * size.width, nn.GELU())
 
     def forward(self, x):
-        y = self.layer_norm1(x)
-        if self.window:
-            y = window_unpartition(self.attn(window_partition(y, self.window)), *x.shape[1:3])
-        else:
-            y = self.attn(y)
-        x = x + y
+        windows = window_partition(self.layer_norm1(x), self.window)
+        x = x + window_unpartition(self.attn(windows), *x.shape[1:3])
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -171,7 +167,7 @@ class ImageEncoder(nn.Module):
         e = size.image // size.patch
         self.patch_embed = PatchEmbed(size)
         self.pos_embed = nn.Parameter(torch.randn(1, e, e, size.width) * 0.02)
-        self.layers = nn.ModuleList(EncoderLayer(size, 0 if i in size.global_layers else size.window)
+        self.layers = nn.ModuleList(EncoderLayer(size, e if i in size.global_layers else size.window)
                                     for i in range(size.layers))
         self.neck = Neck(size.width, size.prompt)
         self.checkpoint = False    # True: training keeps only what enters each layer and computes the rest again, backwards
@@ -253,8 +249,8 @@ class PromptEncoder(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------ mask decoder
 
-class CrossAttention(nn.Module):
-    """Attention from queries to keys; the cross attentions work at half the width."""
+class DecoderAttention(nn.Module):
+    """The decoder's attention from q to k and v; between tokens and image it works at half the width."""
 
     def __init__(self, width, heads, downsample=2):
         super().__init__()
@@ -276,17 +272,17 @@ class TwoWayLayer(nn.Module):
         super().__init__()
         C, heads = size.prompt, size.decoder_heads
         self.first = first
-        self.self_attn = CrossAttention(C, heads, downsample=1)
+        self.self_attn = DecoderAttention(C, heads, downsample=1)
         self.layer_norm1 = nn.LayerNorm(C, eps=1e-6)
-        self.cross_attn_token_to_image = CrossAttention(C, heads)
+        self.cross_attn_token_to_image = DecoderAttention(C, heads)
         self.layer_norm2 = nn.LayerNorm(C, eps=1e-6)
         self.mlp = MLP(C, size.decoder_mlp, nn.ReLU())
         self.layer_norm3 = nn.LayerNorm(C, eps=1e-6)
-        self.cross_attn_image_to_token = CrossAttention(C, heads)
+        self.cross_attn_image_to_token = DecoderAttention(C, heads)
         self.layer_norm4 = nn.LayerNorm(C, eps=1e-6)
 
     def forward(self, tokens, image, token_code, image_code):
-        if self.first:                                             # tokens still are their own code: nothing to add it to
+        if self.first:                                             # the tokens still are the prompts, their own position code
             tokens = self.self_attn(tokens, tokens, tokens)
         else:
             q = tokens + token_code
@@ -303,7 +299,7 @@ class TwoWayTransformer(nn.Module):
     def __init__(self, size):
         super().__init__()
         self.layers = nn.ModuleList(TwoWayLayer(size, first=i == 0) for i in range(2))
-        self.final_attn_token_to_image = CrossAttention(size.prompt, size.decoder_heads)
+        self.final_attn_token_to_image = DecoderAttention(size.prompt, size.decoder_heads)
         self.layer_norm_final_attn = nn.LayerNorm(size.prompt, eps=1e-5)
 
     def forward(self, prompts, image, image_code):

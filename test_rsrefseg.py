@@ -439,7 +439,8 @@ def test_defaults_are_the_papers():
 def test_autocast_type_by_device(monkeypatch):
     for ampere in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: ampere or including_emulation)
-        assert [evaluate.default_amp(device) for device in ("cuda:1", "cpu", "mps")] == ["bf16" if ampere else "fp16", "off", "off"]
+        chosen = [evaluate.default_amp(device) for device in ("cuda:1", "cpu", "mps")]
+        assert chosen == ["bf16" if ampere else "fp16", "off", "off"]
 
 
 def test_training_on_mps_is_refused(monkeypatch, capsys):
@@ -506,8 +507,8 @@ def test_phrases_of_an_image_share_its_encoding():
 
 @pytest.mark.parametrize("size", "blh")
 def test_everything_is_made_on_the_models_device(size, monkeypatch):
-    """A training step at full size on torch's meta device, which knows shapes and computes nothing. A tensor that the code made on
-    the CPU is refused there as it would be beside a GPU, which was not at hand."""
+    """A training step at full size on torch's meta device, which knows shapes and computes nothing. A tensor that the code made
+    on the CPU is refused there as it would be beside a GPU, which was not at hand."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())       # there is none for meta
     model, taps = RSRefSeg(size, init=False).to("meta"), {}
     with torch.device("meta"):

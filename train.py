@@ -1,5 +1,4 @@
-"""Train RSRefSeg. Read `main` at the end first: arguments, data, model and optimiser, resume, loop, final score; the functions
-above it stand in the order in which it needs them.
+"""Train RSRefSeg. Read `main` at the end first: arguments, data, model and optimiser, resume, loop, final score.
 
     python train.py --sam tiny                     draws its data, needs no download, minutes on two CPU cores
     python train.py --sam b                        the paper's recipe; fetches the pretrained towers once
@@ -38,7 +37,7 @@ from data import FORMATS, RefSegDataset, collate, fatal_defects, leave_group, po
 from evaluate import AMP, default_amp, evaluate, line, picture_sheet, processes, scores
 from rsrefseg import ABLATIONS, SIGLIP_HUB, SIZES, RSRefSeg, is_checkpoint, usable_device, whole_file
 from sam import SIZES as SAM_SIZES
-from siglip import tokenize, unknown_words
+from siglip import unknown_words
 
 # What `--sam tiny` does otherwise: no pretrained tower, so losses that teach them to agree, and a few epochs of a high rate.
 TINY = dict(epochs=5, batch_size=8, total_batch=8, phrases=4, lr=2e-3, warmup_epochs=0.25, clip=1.0, loss="bce+dice",
@@ -85,7 +84,7 @@ def parse_args(argv=None):
     add("--text", choices=ABLATIONS["text"], default="both", help="text semantics in the attended features: words, sentence")
     # recipe
     add("--epochs", type=positive, default=200, help="passes over the training split")
-    add("--batch-size", type=positive, default=4, help="images in memory at a time")
+    add("--batch-size", type=positive, default=4, help="images in memory at a time, on each of several GPUs")
     add("--total-batch", type=positive, default=32, help="images per optimiser step; gradients accumulate up to it")
     add("--phrases", type=positive, default=1, help="phrases per image, for data with several: they share one encoding")
     add("--lr", type=amount, default=1e-4, help="highest learning rate")
@@ -107,8 +106,8 @@ def parse_args(argv=None):
     add("--log-every", type=positive, default=50, help="optimiser steps between log lines; at least one an epoch")
     add("--save-every", type=positive, default=200, help="optimiser steps between writings of resume.pt")
     add("--val-every", type=positive, default=1, help="epochs between validations, each of which writes a checkpoint")
-    if parser.parse_known_args(argv)[0].sam == "tiny":
-        parser.set_defaults(**TINY)
+    size = parser.parse_known_args(argv)[0].sam
+    parser.set_defaults(lora_rank=SIZES[size].lora_rank, **TINY if size == "tiny" else {})
     args = parser.parse_args(argv)
     args.draw = args.sam == "tiny" and args.data is None
     args.data = args.data or Path("data") / (f"toy-{args.toy_seed}" if args.draw else "rrsis-d")
@@ -120,11 +119,11 @@ def parse_args(argv=None):
         parser.error("--sam tiny has no pretrained towers for --lora-rank to adapt, unless --siglip and --sam-weights name some")
     if args.sam == "tiny" and not args.lora_rank and (args.siglip or args.sam_weights):
         parser.error("--sam tiny trains its towers from scratch: --siglip and --sam-weights need a --lora-rank to adapt them")
-    if args.lora_rank is not None and args.lora_rank < 0:
+    if args.lora_rank < 0:
         parser.error(f"--lora-rank {args.lora_rank}: give 0, which trains the whole towers, or more")
     if args.prompts == "sparse" and args.text == "local" and args.map_loss:
         parser.error("--prompts sparse --text local does not use the sentence: give --map-loss 0")
-    if not args.text_lora and not (SIZES[args.sam].lora_rank if args.lora_rank is None else args.lora_rank):
+    if not args.text_lora and not args.lora_rank:
         parser.error("--no-text-lora says which towers LoRA adapts: give a --lora-rank above 0")
     return args
 
@@ -158,8 +157,8 @@ def optimiser_groups(model, args):
 
 @contextmanager
 def noted_signals():
-    """-> a list of the signals, SIGINT and SIGTERM, that came; the second one ends the process at once (under torchrun, which
-    passes on what already came, it does not: torchrun kills after 30 s)."""
+    """-> a list of the signals, SIGINT and SIGTERM, that came; the second of a kind ends the process at once (under torchrun,
+    which passes on what already came, it does not: torchrun kills after 30 s)."""
     came = []
 
     def note(number, frame):
@@ -296,8 +295,8 @@ def initial_model(args):
     else:
         model = RSRefSeg.load_official(args.init, args.siglip or SIGLIP_HUB, dtype=dtype, lora_alpha=args.lora_alpha,
                                        lora_dropout=args.lora_dropout)
-    wanted = dict(settings, sam=args.sam, lora_rank=SIZES[args.sam].lora_rank if args.lora_rank is None else args.lora_rank)
-    other = [f"{flag_of(name)} {model.settings[name]}" for name, value in wanted.items() if model.settings[name] != value]
+    other = [f"{flag_of(name)} {model.settings[name]}" for name, value in dict(settings, sam=args.sam).items()
+             if model.settings[name] != value]
     if other:
         other = " ".join(other).replace("--text-lora False", "--no-text-lora").replace("--text-lora True", "--text-lora")
         raise ValueError(f"{args.init} was trained otherwise: give {other} here too, or choose another --init.")
@@ -363,9 +362,9 @@ def load_data(args):
     return sets
 
 
-def training_step(model, forward, stream, optimiser, scaler, accumulate, args):
+def training_step(model, wrapped, stream, optimiser, scaler, accumulate, args):
     """One optimiser step on the gradients of `accumulate` micro batches -> loss, norm of the gradient, ref_ids of its samples.
-    A gradient that is not finite leaves the weights, and BatchNorm's statistics, as they were. `forward` is the model, or
+    A gradient that is not finite leaves the weights, and BatchNorm's statistics, as they were. `wrapped` is the model, or
     what DistributedDataParallel made of it."""
     device, amp, dice = model.sam.mean.device, AMP[args.amp], args.loss == "bce+dice"
     samples, mean_loss, buffers = [], torch.zeros((), device=device), [buffer.clone() for buffer in model.buffers()]
@@ -373,11 +372,11 @@ def training_step(model, forward, stream, optimiser, scaler, accumulate, args):
         batch, taps = next(stream), {}
         samples += [ref.ref_id for ref in batch["refs"]]
         images, masks = (batch[key].to(device, non_blocking=True) for key in ("images", "masks"))
-        ids, mask = (x.to(device) for x in tokenize(model.tokenizer, [ref.phrase for ref in batch["refs"]]))
+        ids, mask = model.read_phrases([ref.phrase for ref in batch["refs"]])
         last = micro == accumulate - 1                                                 # gradients travel once a step
-        with nullcontext() if forward is model or last else forward.no_sync():
+        with nullcontext() if wrapped is model or last else wrapped.no_sync():
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-                logits = forward(images / 255, ids, mask, taps)
+                logits = wrapped(images / 255, ids, mask, taps)
             loss = model.loss(logits, masks, dice)
             if args.map_loss:
                 loss = loss + args.map_loss * model.map_loss(taps["sentence_map"], masks, dice)
@@ -478,7 +477,7 @@ def main(argv=None):
     print(lora.table(model))
     optimiser = torch.optim.AdamW(optimiser_groups(model, args), lr=args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    forward = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     args.out.mkdir(parents=True, exist_ok=True)
 
     # ------------------------------------------------------------------------------------------------ resume
@@ -531,7 +530,7 @@ def main(argv=None):
             rate = learning_rate(progress.step, steps_per_epoch, args)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            loss, norm, samples = training_step(model, forward, stream, optimiser, scaler, accumulate, args)
+            loss, norm, samples = training_step(model, wrapped, stream, optimiser, scaler, accumulate, args)
             loss = mean_of_processes(loss, device)
             progress.step += 1
             bar.update()
