@@ -60,7 +60,8 @@ PUBLISHED = {"rrsisd": dict(train=12181, val=1740, test=3481), "refsegrs": dict(
 
 class PlainUnpickler(pickle._Unpickler):
     """Reads lists, dicts, strings and numbers. Anything else in a pickle names a function to call: refused. Written in
-    Python, because the one in C reserves as much memory as a few bytes of a file ask for. Nested tuples take for ever to hash."""
+    Python, because the one in C reserves as much memory as a few bytes of a file ask for. Tuples (nested, they take for ever to
+    hash), frozen sets and byte arrays are refused too."""
     dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in (
         pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.FROZENSET, pickle.BYTEARRAY8)}
 
@@ -904,9 +905,9 @@ def toy_tokenizer():
 
 
 def leave_group(worker):
-    """worker_init_fn of a DataLoader: a Ctrl-C, or a signal to the whole job, must not end the processes that read images
-    while the training process finishes its step and saves; but they must end with it (torch's own watch can wait for ever
-    for somebody to empty its queue)."""
+    """worker_init_fn of a DataLoader: a Ctrl-C, or a signal to the whole job, must not end the processes that read images, once
+    they have started, while the training process finishes its step and saves; but they must end with it (torch's own watch can
+    wait for ever for somebody to empty its queue)."""
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -33,7 +33,7 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
 def default_amp(device):
-    """Cards before Ampere only emulate bf16, slowly."""
+    """A key of AMP. Cards before Ampere only emulate bf16, slowly; the first card decides."""
     if not device.startswith("cuda"):
         return "off"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

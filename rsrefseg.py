@@ -155,7 +155,7 @@ def windows(length, tile):
 
 def shares(starts, tile, length):
     """(windows, tile): how much each window counts at its pixels along one side, together 1 at each pixel of the image, least
-    at its ends, so that no seam shows."""
+    where it ends inside the image, so that no seam shows."""
     hill, total = torch.sin((torch.arange(tile) + 0.5) / tile * math.pi) ** 2 + 1e-4, torch.zeros(length)
     for start in starts:
         total[start:start + tile] += hill
@@ -585,7 +585,7 @@ def heat(image, values, side):
 
 
 def attention_weights(attention, q, k):
-    """What a CrossAttention of the mask decoder looks at: (B, heads, queries, keys), each row adding up to 1."""
+    """What a DecoderAttention looks at: (B, heads, queries, keys), each row adding up to 1."""
     q, k = (proj(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
             for proj, x in ((attention.q_proj, q), (attention.k_proj, k)))
     return (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)
@@ -714,12 +714,14 @@ def main():
     for path in paths:
         name = path.name if stems.count(path.stem) > 1 else path.stem
         try:
-            for record in segment_file(model, path, name, phrases, args):
-                share = f"{record['share']:.1%} of the image, score {record['score']:.2f}" if record["box"] else "nothing found"
-                files = ", ".join(record[kind] for kind in ("mask", "overlay", "explained") if kind in record)
-                print(json.dumps(record) if args.json else f"{record['phrase']!r}: {share} -> {files}", flush=True)
+            records = list(segment_file(model, path, name, phrases, args))
         except (OSError, ValueError) as error:                                      # the other images of a folder still count
             failed.append(str(error))
+            continue
+        for record in records:
+            share = f"{record['share']:.1%} of the image, score {record['score']:.2f}" if record["box"] else "nothing found"
+            files = ", ".join(record[kind] for kind in ("mask", "overlay", "explained") if kind in record)
+            print(json.dumps(record) if args.json else f"{record['phrase']!r}: {share} -> {files}", flush=True)
     if failed:
         raise ValueError(f"{len(failed)} of {len(paths)} images: " + " ".join(failed) if len(paths) > 1 else failed[0])
 

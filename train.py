@@ -94,7 +94,7 @@ def parse_args(argv=None):
     add("--loss", choices=["bce", "bce+dice"], default="bce", help="the paper's cross-entropy, or a Dice loss beside it")
     add("--map-loss", type=amount, default=0.0, help="weight of the same loss on the sentence map")
     # machine
-    own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                                # not the first one's memory
+    own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"         # each process its own card: none takes memory on the first
     add("--device", type=usable_device, default=own_gpu if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--amp", choices=list(AMP), help="autocast type; unset bf16 on CUDA, fp16 on its old cards, off elsewhere")
     add("--deterministic", action="store_true", help="the same bits again on the same GPU; what cannot be is named in a warning")
@@ -211,7 +211,8 @@ def mean_of_processes(number, device):
 
 
 def log(args, text, **record):
-    tqdm.write(text)
+    with tqdm.external_write_mode():                                                   # the progress bar steps aside
+        print(text, flush=True)
     if processes()[0] == 0:
         with open(args.out / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
