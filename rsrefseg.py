@@ -306,10 +306,10 @@ class RSRefSeg(nn.Module):
                     logits = F.pad(above[i], (0, 0, 0, h - len(above[i])))
                     for x, share_x, answer in zip(xs, across, answers):
                         answer = logits_at(answer[i:i + 1], self.image_size, h, w)[0].cpu()
-                        logits[:, x:x + w] += share_y[:, None] * share_x * answer
+                        logits[:, x:x + w] += answer.mul_(share_x).mul_(share_y[:, None])
                     final, above[i] = logits[:done], logits[done:].clone()
-                    found[i, y:following] = final > 0
-                    total[i] += final[final > 0].sigmoid().sum()
+                    found[i, y:following] = above_zero = final > 0
+                    total[i] += final[above_zero].sigmoid().sum()
         if scores is not None:                                                          # one.sum() would take 8 bytes a pixel
             scores += [float(p / one.count_nonzero().clamp(min=1)) for p, one in zip(total, found)]
         self.train(was_training)
