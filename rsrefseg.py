@@ -207,7 +207,8 @@ class RSRefSeg(nn.Module):
         encoder = self.sam.vision_encoder
         for module in (*self.siglip.modules(), *encoder.patch_embed.modules(), *encoder.layers.modules()):   # where autocast acts
             if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
-                module.to(dtype)
+                for parameter in module.parameters():               # unwritten ones are not converted: it took 2 s
+                    parameter.data = parameter.data.to(dtype) if init else torch.empty_like(parameter, dtype=dtype)
 
     def checkpoint_activations(self):
         """From now on training keeps only what enters each layer of the towers, and computes the rest again, backwards."""

@@ -2180,25 +2180,23 @@ def peak_memory():
 
 
 LOAD = """import sys, time
-import torch, rsrefseg
+import numpy, torch, rsrefseg
 from test_rsrefseg import peak_memory as peak
-before, times = peak(), []
-for _ in range(3):
+before, times, reading = peak(), [], []
+for _ in range(5):                                             # in turns: the machine's pace changes
     started = time.perf_counter()
     model = rsrefseg.RSRefSeg.from_pretrained(sys.argv[1], sys.argv[2], sys.argv[3], dtype=getattr(torch, sys.argv[4]))
     times.append(time.perf_counter() - started)
     if len(times) == 1:
         memory, kept = peak() - before, sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     del model
-reading = []
-for _ in range(3):
     started, content = time.perf_counter(), []
     for path in sys.argv[2:4]:
         with open(path + "/model.safetensors", "rb") as file:
             content.append(file.read())
     reading.append(time.perf_counter() - started)
     del content
-print(memory / kept, min(times) / min(reading), kept, min(times), min(reading))
+print(memory / kept, numpy.median([a / b for a, b in zip(times, reading)]), kept, numpy.median(times), numpy.median(reading))
 """
 
 
