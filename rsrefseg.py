@@ -193,7 +193,11 @@ class RSRefSeg(nn.Module):
         self.official_extra = {}                                        # what load_official met and this model has no use for
         if lora_rank:
             self.siglip.requires_grad_(False)
-            self.sam.vision_encoder.requires_grad_(False)
+            encoder = self.sam.vision_encoder.requires_grad_(False)
+            for module in (*self.siglip.modules(), *encoder.patch_embed.modules(), *encoder.layers.modules()):  # autocast's part
+                if isinstance(module, (nn.Linear, nn.Conv2d)):
+                    for parameter in module.parameters():           # unwritten ones hold nothing to convert: 2 s less
+                        parameter.data = parameter.data.to(dtype) if init else torch.empty_like(parameter, dtype=dtype)
             lora.inject(self, LORA_TARGETS + TEXT_LORA_TARGETS * text_lora, lora_rank, lora_alpha, lora_dropout)
         prompt_encoder = self.sam.prompt_encoder
         unused = [self.sam.mask_decoder.iou_prediction_head, prompt_encoder.point_embed, prompt_encoder.not_a_point_embed,
@@ -204,11 +208,6 @@ class RSRefSeg(nn.Module):
             unused.append(self.siglip.text_model.head)
         for module in unused:
             module.requires_grad_(False)
-        encoder = self.sam.vision_encoder
-        for module in (*self.siglip.modules(), *encoder.patch_embed.modules(), *encoder.layers.modules()):   # where autocast acts
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
-                for parameter in module.parameters():               # unwritten ones are not converted: it took 2 s
-                    parameter.data = parameter.data.to(dtype) if init else torch.empty_like(parameter, dtype=dtype)
 
     def checkpoint_activations(self):
         """From now on training keeps only what enters each layer of the towers, and computes the rest again, backwards."""
