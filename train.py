@@ -98,7 +98,7 @@ def parse_args(argv=None):
     add("--device", type=usable_device, default=own_gpu if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--amp", choices=list(AMP), help="autocast type; unset bf16 on CUDA, fp16 on its old cards, off elsewhere")
     add("--deterministic", action="store_true", help="the same bits again on the same GPU; what cannot be is named in a warning")
-    add("--checkpoint-activations", action="store_true", help="half the memory, 4 tenths more time")
+    add("--checkpoint-activations", action="store_true", help="half the memory, half as much time again")
     add("--workers", type=int, default=4, help="processes that read images")
     add("--cache", action=argparse.BooleanOptionalAction, default=False, help="keep training data in memory; with --workers 0")
     add("--seed", type=int, default=0, help="of initial weights and order")
