@@ -1,14 +1,11 @@
-"""LoRA (Hu et al. 2022, arXiv:2106.09685): adapt a frozen layer W by a low-rank product, y = W x + (alpha / r) B A x.
+"""LoRA (Hu et al. 2022, arXiv:2106.09685): adapt a frozen layer W by a low-rank product,
+y = W x + (alpha / r) B A x, r the rank. Checked against peft. Needs torch and safetensors.
 
-Checked against peft. A is drawn Kaiming-uniform, B is zero, so an adapted model starts as the model it adapts.
-Linear and Conv2d only. Shapes: r rank. This file needs torch and safetensors, and works when copied alone.
-
-    names = inject(model, ["encoder.layers.*.self_attn.[qkv]_proj"], r=16, alpha=16, dropout=0.1)
+    inject(model, ["encoder.layers.*.self_attn.[qkv]_proj"], r=16, alpha=16, dropout=0.1)
     ...train...
     merge(model)
 """
 import json
-import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -17,114 +14,110 @@ from safetensors.torch import save_file
 from torch import nn
 
 
-class Dropout(nn.Dropout):
-    """The same, with a mask of bytes on a CPU too, where F.dropout keeps one in the type of x. A training step of b takes
-    0.85 GiB less."""
-
-    def forward(self, x):
-        by_bytes = x.device.type == "cpu" and self.training and self.p
-        return torch.native_dropout(x, self.p, True)[0] if by_bytes else super().forward(x)
-
-
 class LoRA(nn.Module):
-    """A frozen Linear or Conv2d with its adapter: A is a layer like it (same kernel, stride, padding) with r outputs, B maps
-    these r to its outputs, for a Conv2d with a 1 x 1 kernel."""
+    """A frozen Linear or Conv2d with its adapter. A is a layer of the same kind (kernel, stride,
+    padding) with r outputs; B maps them to the outputs of the base layer, for a Conv2d by a 1 x 1
+    kernel. B starts at zero, so an adapted model starts as the model it adapts."""
 
     def __init__(self, base, r, alpha, dropout):
         super().__init__()
-        self.base, self.scale, self.dropout = base.requires_grad_(False), alpha / r, Dropout(dropout)
-        plain = dict(bias=False, device=base.weight.device)
+        self.base = base.requires_grad_(False)
+        self.scale = alpha / r
+        self.dropout = nn.Dropout(dropout)
+        kwargs = dict(bias=False, device=base.weight.device)    # fp32, whatever the base's type
         if isinstance(base, nn.Linear):
-            self.A, self.B = nn.Linear(base.in_features, r, **plain), nn.Linear(r, base.out_features, **plain)
+            self.A = nn.Linear(base.in_features, r, **kwargs)
+            self.B = nn.Linear(r, base.out_features, **kwargs)
         else:
-            self.A = nn.Conv2d(base.in_channels, r, base.kernel_size, base.stride, base.padding, base.dilation,
-                               padding_mode=base.padding_mode, **plain)
-            self.B = nn.Conv2d(r, base.out_channels, 1, **plain)
-        nn.init.kaiming_uniform_(self.A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.B.weight)
+            self.A = nn.Conv2d(base.in_channels, r, base.kernel_size, base.stride, base.padding,
+                               base.dilation, padding_mode=base.padding_mode, **kwargs)
+            self.B = nn.Conv2d(r, base.out_channels, 1, **kwargs)
+        nn.init.zeros_(self.B.weight)            # A keeps torch's default, Kaiming-uniform
 
     def forward(self, x):
-        return self.base(x) + self.B(self.A(self.dropout(x)) * self.scale)    # scaled where it is r wide
+        return self.base(x) + self.B(self.A(self.dropout(x)) * self.scale)
 
     def delta(self):
-        """What the adapter adds to the base weight."""
-        return (self.scale * self.B.weight.flatten(1) @ self.A.weight.flatten(1)).view_as(self.base.weight)
+        """Returns what the adapter adds to the base weight, in its shape."""
+        product = self.B.weight.flatten(1) @ self.A.weight.flatten(1)
+        return (self.scale * product).view_as(self.base.weight)
 
 
 def inject(model, targets, r=16, alpha=16, dropout=0.0):
-    """Wrap the layers that `targets` name and return their names. A target is the full dotted name, or a pattern with
-    * (any text, dots included) ? [abc]. Only the wrapped layers are frozen here: freeze the rest with
-    `model.requires_grad_(False)` first. A and B are fp32; run a half-precision base under autocast.
-
-    Raises ValueError, before anything is changed, when a target matches nothing, or something that is neither Linear nor
-    an ungrouped Conv2d.
-    """
-    layers = {}                                                    # by name: one that two targets name is adapted once
+    """Wrap the layers that `targets` name and return their names.
+    A target is a dotted name, or a pattern with * (any text, dots included), ? and [abc]. Only wrapped
+    layers are frozen here: freeze the rest with `model.requires_grad_(False)` first. Raises ValueError,
+    before anything is changed, for a target that matches nothing, or matches a module that is neither a
+    Linear nor an ungrouped Conv2d."""
+    layers = {}
     for target in targets:
-        found = {name: module for name, module in model.named_modules() if name and fnmatchcase(name, target)}
-        if not found:
+        matches = {name: layer for name, layer in model.named_modules() if fnmatchcase(name, target)}
+        if not matches:
             raise ValueError(f"LoRA target {target!r} matches no layer of {type(model).__name__}.")
-        layers |= found
+        layers.update(matches)
     for name, layer in layers.items():
         if type(layer) not in (nn.Linear, nn.Conv2d) or getattr(layer, "groups", 1) != 1:
-            raise ValueError(f"LoRA target {name!r} is {layer}; only Linear and Conv2d with groups=1 can be adapted.")
+            raise ValueError(f"LoRA target {name!r} is {layer}, not a Linear or an ungrouped Conv2d.")
     for name, layer in layers.items():
         model.set_submodule(name, LoRA(layer, r, alpha, dropout))
     return list(layers)
 
 
 def adapted_layers(model):
-    """-> {name: LoRA}"""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRA)}
 
 
 @torch.no_grad()
 def merge(model):
-    """Fold every adapter into its base weight and drop it, for inference. Returns the names of the merged layers."""
-    adapted = adapted_layers(model)
-    for name, module in adapted.items():
-        module.base.weight += module.delta()
-        model.set_submodule(name, module.base)
-    return list(adapted)
-
-
-def save_peft(model, folder):
-    """Write the adapters of `model`, all of one rank, alpha and dropout, as peft has them: adapter_model.safetensors and
-    adapter_config.json. `peft.PeftModel.from_pretrained(other, folder)` then adapts `other`, in which the layers have the
-    same names. Raises ValueError when nothing is adapted."""
-    adapted, folder = adapted_layers(model), Path(folder)
-    if not adapted:
-        raise ValueError(f"{type(model).__name__} holds no adapters to write.")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({f"base_model.model.{name}.lora_{ab}.weight": getattr(module, ab).weight.detach().contiguous()
-               for name, module in adapted.items() for ab in "AB"}, folder / "adapter_model.safetensors", {"format": "pt"})
-    module = next(iter(adapted.values()))
-    r = module.A.weight.shape[0]
-    config = dict(peft_type="LORA", r=r, lora_alpha=module.scale * r, lora_dropout=module.dropout.p, bias="none",
-                  target_modules=list(adapted), inference_mode=True, task_type=None, base_model_name_or_path=None)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    """Add every adapter to its base weight and remove it, for inference."""
+    for name, layer in adapted_layers(model).items():
+        layer.base.weight += layer.delta()
+        model.set_submodule(name, layer.base)
 
 
 def base_state_dict(model):
-    """The state dict as if nothing had been injected: same tensors, original names, no A and B."""
-    adapters = tuple(f"{name}.{ab}." for name in adapted_layers(model) for ab in "AB")
-    return {key.replace(".base.", "."): tensor for key, tensor in model.state_dict().items() if not key.startswith(adapters)}
+    """Returns the state dict as before `inject`: the same tensors, their original names, no A and B."""
+    state = model.state_dict()
+    for name, layer in adapted_layers(model).items():
+        for key in layer.state_dict():
+            del state[f"{name}.{key}"]
+        state.update(layer.base.state_dict(prefix=f"{name}."))
+    return state
 
 
-def trained_state_dict(model):
-    """What training changes: the state dict without its frozen parameters (so buffers such as BatchNorm's stay)."""
+def trainable_state_dict(model):
+    """Returns what training changes: the state dict, with its buffers, without frozen parameters."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     return {key: tensor for key, tensor in model.state_dict().items() if key not in frozen}
 
 
-def table(model, depth=2):
-    """What trains, as text: adapted layers, trainable and all parameters per component (the first `depth` parts of a name)."""
+def parameter_table(model):
+    """Returns text: trainable and all parameters of each component (the first two parts of a name)."""
     rows = {}
     for name, parameter in model.named_parameters():
-        row = rows.setdefault(".".join(name.split(".")[:depth]), [0, 0, 0])
-        row[0] += name.endswith(".A.weight")
-        row[1] += parameter.numel() * parameter.requires_grad
-        row[2] += parameter.numel()
+        row = rows.setdefault(".".join(name.split(".")[:2]), [0, 0])
+        row[0] += parameter.numel() if parameter.requires_grad else 0
+        row[1] += parameter.numel()
     rows["total"] = [sum(column) for column in zip(*rows.values())]
-    return "\n".join([f"{'component':34}{'adapted':>9}{'trainable':>15}{'parameters':>15}"] +
-                     [f"{name:34}{a:>9,}{t:>15,}{p:>15,}" for name, (a, t, p) in rows.items()])
+    lines = [f"{'component':30}{'trainable':>15}{'parameters':>15}"]
+    lines += [f"{name:30}{trainable:>15,}{total:>15,}" for name, (trainable, total) in rows.items()]
+    return "\n".join(lines)
+
+
+def save_peft(model, folder):
+    """Write the adapters, which must share rank, alpha and dropout, for
+    `peft.PeftModel.from_pretrained(other, folder)`, where `other` has the same layer names. Raises
+    ValueError when nothing is adapted."""
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no adapters to write: call inject first.")
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.A.weight.detach().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.B.weight.detach().contiguous()
+    r = layer.A.weight.shape[0]                # every layer has the same
+    config = dict(peft_type="LORA", r=r, lora_alpha=layer.scale * r, lora_dropout=layer.dropout.p,
+                  bias="none", target_modules=list(layers), inference_mode=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(folder, "adapter_model.safetensors"), {"format": "pt"})
+    Path(folder, "adapter_config.json").write_text(json.dumps(config, indent=1))
