@@ -72,6 +72,8 @@ def to_rgb(image):
         if no_data:
             valid &= values != np.float32(no_data.strip(" \0"))
         low, high = np.percentile(values[valid], (2, 98)) if valid.any() else (0, 1)
+        if low == high and valid.any():  # nearly all pixels have one value: a scene at night, radar
+            low, high = values[valid].min(), values[valid].max()
         values = np.clip((values - low) * (255 / max(high - low, 1e-9)), 0, 255)
         image = Image.fromarray(np.where(valid, values, 0).round().astype(np.uint8))
     return image.convert("RGB")
@@ -233,7 +235,7 @@ class RefSegDataset(Dataset):
         self.cache = {} if cache else None
         self.refs = [ref for ref in read_refs(root, dataset)[1] if ref.split == split]
         problems = [f"the phrase of ref_id {ref.ref_id} ({ref.image.name}) is empty"
-                    for ref in self.refs if not re.search(r"\w", ref.phrase)]
+                    for ref in self.refs if not re.search(r"[^\W_]", ref.phrase)]
         files = {path for ref in self.refs for path in (ref.image, ref.mask) if isinstance(path, Path)}
         problems += [f"{path} is missing" for path in sorted(files) if not path.is_file()]
         if not self.refs:
@@ -283,14 +285,15 @@ def map_in_processes(function, items, title):
     if len(items) < 500:                  # fewer take less time than starting processes
         return [function(item) for item in tqdm(items, title)]
     # "spawn", because a fork of a process that uses CUDA or NCCL can hang.
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(8, os.cpu_count()), mp_context=context) as pool:
         return list(tqdm(pool.map(function, items, chunksize=8), title, len(items)))
 
 
 def check_row(ref):
     """Open a row's image and mask. Returns its defects [(what, whether training would fail)]."""
     defects = []
-    if not re.search(r"\w", ref.phrase):
+    if not re.search(r"[^\W_]", ref.phrase):
         defects.append((f"{ref.image.name}: the phrase {ref.phrase!r} is empty", True))
     try:
         image = read_image(ref.image)
@@ -326,7 +329,8 @@ def check(root, dataset=None):
         image = read_image(ref.image).resize((300, 300))
         picture = overlay(image, resize_mask(read_mask(ref), 300, 300))
         cells.append((f"{ref.split}: {ref.phrase}", picture))
-    contact_sheet(cells, 4, 300).save(root / "check.jpg", quality=90)
+    if cells:
+        contact_sheet(cells, 4, 300).save(root / "check.jpg", quality=90)
     print(f"wrote {root}/check.json and {root}/check.jpg")
     if len(good) < len(refs) or len(counts) < 3:
         raise ValueError(f"training would fail: {len(refs) - len(good)} bad rows, phrases {counts}.")
@@ -340,7 +344,7 @@ def download(dataset, root):
     patterns = ["*JPEGImages.zip", "*instances.json", "*refs(unc).p", "*RefSegRS.zip"]
     try:
         folder = snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
-        for path in Path(folder).rglob("*.*"):
+        for path in [path for pattern in patterns for path in Path(folder).rglob(pattern)]:
             if path.suffix == ".zip":
                 unpack(path, Path(root) / images)
             else:
@@ -642,7 +646,7 @@ def run(main):
     except (OSError, ValueError) as error:
         text = str(error)
         if "DataLoader worker" in text:  # the worker's traceback: its last line is the message
-            text = text.strip().splitlines()[-1]
+            text = text.strip().splitlines()[-1].partition(": ")[2]
         sys.exit(f"error: {text}")
 
 

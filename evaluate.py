@@ -162,12 +162,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Score a checkpoint, or measure the speed of a size.")
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", help="a checkpoint of train.py or of the released code")
-    add("--bench", choices=list(SIGLIP_SIZE), help="measure this size with random weights instead")
+    add("--bench", choices=list(SIGLIP_SIZE), nargs="?", const="b", help="measure its speed instead")
     add("--data", type=Path, help="data folder, if not the one it was trained on")
     add("--dataset", choices=list(FORMATS), help="format of --data, if the folder does not tell")
     add("--split", default="test", choices=SPLITS, help="default: test")
     add("--shuffle-phrases", action="store_true", help="negative control: other phrases")
-    add("--batch-size", type=positive_int, default=8, help="default: 8")
+    add("--batch-size", type=positive_int, help="default: 8, with --bench 1")
     add("--workers", type=int, default=0, help="processes that read images (default: 0)")
     add("--siglip", help="SigLIP weights, if they moved: file, folder or Hugging Face name")
     add("--sam-weights", help="SAM weights, if they moved")
@@ -175,7 +175,7 @@ def main(argv=None):
     add("--amp", choices=list(AMP), default=DEFAULT_AMP, help=f"autocast type (default: {DEFAULT_AMP})")
     args = parser.parse_args(argv)
     if args.bench:
-        print(bench(args.bench, args.batch_size, args.device, args.amp))
+        print(bench(args.bench, args.batch_size or 1, args.device, args.amp))
         return
     if args.checkpoint is None:
         parser.error("name a checkpoint, or give --bench")
@@ -190,7 +190,7 @@ def main(argv=None):
     model = RSRefSeg.from_checkpoint(args.checkpoint, args.siglip, args.sam_weights, dtype)
     model.to(args.device)
     dataset = RefSegDataset(data, args.split, model.image_size, dataset=args.dataset)
-    rows = evaluate(model, dataset, args.batch_size, args.amp, args.workers, args.shuffle_phrases)
+    rows = evaluate(model, dataset, args.batch_size or 8, args.amp, args.workers, args.shuffle_phrases)
     result = scores(rows)
     name = f"shuffled.{args.split}" if args.shuffle_phrases else args.split
     print(category_table(rows))

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import lora
 import sam as sam_module
 import siglip as siglip_module
-from data import contact_sheet, heatmap, image_tensor, overlay, positive_int, read_image, run
+from data import contact_sheet, heatmap, image_tensor, overlay, positive_int, read_image, run, to_rgb
 from sam import SAM, copy_tensors, read_state
 from siglip import SigLIP, canonical, out_of_vocabulary, tokenize
 
@@ -220,14 +220,14 @@ class RSRefSeg(nn.Module):
 
     @torch.inference_mode()
     def segment(self, image, phrases, tile=None, intermediates=None):
-        """A PIL image (RGB) or path, and N phrases -> masks (N, H, W) bool and scores (N,), on the CPU.
+        """A PIL image or path, and N phrases -> masks (N, H, W) bool and scores (N,), on the CPU.
         A score is the mean probability inside the mask, 0 for an empty one. Sets eval mode.
 
         The model sees the whole image, resized; with `tile`, overlapping windows of tile x tile pixels,
         whose logits are blended, for small objects in large scenes. "Left" then means left in a window.
         `intermediates` receives those of the last window.
         """
-        image = image if isinstance(image, Image.Image) else read_image(image)
+        image = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
         ids, token_mask = self.tokenize([phrases] if isinstance(phrases, str) else phrases)
         self.eval()
         h = min(tile or image.height, image.height)
@@ -429,10 +429,11 @@ def official_settings(state, path):
     prefix = "backbone.base_model.model.model.layers."
     layers = len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
     sizes = {sam_module.CONFIGS[size].layers: size for size in SIGLIP_SIZE}
-    if layers not in sizes:
+    key = f"{prefix}0.attn.qkv.lora_A.default.weight"
+    if layers not in sizes or key not in state:
         raise ValueError(f"{path} is neither a checkpoint of train.py nor one of the released code.")
-    rank = state[f"{prefix}0.attn.qkv.lora_A.default.weight"].shape[0]
     blocks = {key.split(".")[1] for key in state if key.startswith("prompter_down_spatial.")}
+    rank = state[key].shape[0]
     return dict(sam=sizes[layers], lora_rank=rank, down_blocks=len(blocks) - 1)     # the last is project
 
 

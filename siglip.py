@@ -2,7 +2,7 @@
 
 Checked against transformers' SiglipModel. Modules are named as the tensors of the published weights,
 google/siglip-so400m-patch14-384. Left out: the pooling head of the vision tower (segmentation needs the
-feature map, not one vector) and the contrastive loss. Needs torch, safetensors and tokenizers.
+feature map, not one vector) and the contrastive loss. Needs torch and safetensors.
 
 B batch, L text tokens (EOS included), N image patches, D width, g patches per side, H W pixels.
 """
@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

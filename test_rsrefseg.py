@@ -62,8 +62,7 @@ rsrefseg.SIGLIP_SIZE["small"] = "small"
 
 
 def fill(model):
-    """Gives every tensor random values of a trained model's scale: the zeros and ones of a fresh model
-    would hide mistakes."""
+    """Random values of a trained model's scale: a fresh model's zeros and ones would hide mistakes."""
     generator = torch.Generator().manual_seed(3)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
@@ -128,6 +127,13 @@ def run(*arguments, cwd=HERE, fails=False):
     return done.stdout + done.stderr
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Enough for small models; two threads that wait for each other lose to any other program."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture
 def small(tmp_path):
     """A small model in eval mode, loaded from two folders in Hugging Face layout."""
@@ -187,7 +193,7 @@ def test_toy_tokenizer():
 
 def test_golden_token_ids():
     path = os.environ.get("RSREFSEG_TOKENIZER") or pytest.skip("RSREFSEG_TOKENIZER is not set")
-    tokenizer = siglip.Tokenizer.from_file(path)
+    tokenizer = rsrefseg.Tokenizer.from_file(path)
     golden = {
         "The baseball field on the top": [260, 6722, 942, 277, 260, 549, 1],
         "A vehicle on the lower right of the gray ship.":
@@ -520,8 +526,7 @@ def test_toy_scenes(toy):
     assert np.sum([item.mask for item, _ in rows], 0).max() == 1
     ref = data.read_pickle(toy / "rrsisd" / "refs(unc).p")[0]
     assert " ".join(ref) == "image_id split sentences file_name category_id ann_id sent_ids ref_id"
-    instances = json.loads((toy / "rrsisd" / "instances.json").read_text())
-    row = instances["annotations"][0]
+    row = json.loads((toy / "rrsisd" / "instances.json").read_text())["annotations"][0]
     mask = data.decode_rle(row["segmentation"][0]["counts"], 256, 256)
     y, x = mask.nonzero()
     assert (row["id"], row["categories_id"]) == (ref["ann_id"], ref["category_id"])
@@ -932,8 +937,7 @@ def test_rsrefseg_parity(mode, rank):
 def trained(toy, tmp_path_factory):
     """The folder of a run of tiny, two epochs of three steps."""
     out = tmp_path_factory.mktemp("run")
-    text = run("train.py", "--sam", "tiny", "--data", toy, "--out", out, "--epochs", 2, *CPU)
-    assert "6 steps of 8 images, 3 per epoch" in text
+    run("train.py", "--sam", "tiny", "--data", toy, "--out", out, "--epochs", 2, *CPU)
     assert " ".join(sorted(path.name for path in out.iterdir())) == (
         "best.safetensors last.safetensors log.jsonl resume.pt val_000003.jpg val_000006.jpg")
     assert log_rows(out, "test")[6]["samples"] == 32
@@ -1078,16 +1082,15 @@ def test_training_starts_from_a_checkpoint(toy, small, tmp_path, name):
 
 
 def test_tiny_learns_to_follow_the_phrase(toy, tmp_path):
-    """It must fit 24 scenes in half a minute, and fail when their phrases are exchanged."""
-    call(train.main, "--sam", "tiny", "--data", toy, "--out", tmp_path, "--epochs", 60,
-         "--val-every", 60, "--warmup-epochs", 4, *CPU)
+    """It must fit 24 scenes in 120 steps, and fail when their phrases are exchanged."""
+    call(train.main, "--sam", "tiny", "--data", toy, "--out", tmp_path, "--epochs", 40,
+         "--val-every", 40, "--warmup-epochs", 3, *CPU)
     model = RSRefSeg.from_checkpoint(tmp_path / "last.safetensors")
     scenes = data.RefSegDataset(toy, "train", model.image_size)
     plain = evaluate.scores(evaluate.evaluate(model, scenes, 16))["gIoU"]
     shuffled = evaluate.scores(evaluate.evaluate(model, scenes, 16, shuffle_phrases=True))["gIoU"]
-    print(f"  24 scenes, 180 steps: gIoU {plain:.1f}, with shuffled phrases {shuffled:.1f}")
-    assert plain > 50
-    assert plain - shuffled > 25
+    print(f"  24 scenes, 120 steps: gIoU {plain:.1f}, with shuffled phrases {shuffled:.1f}")
+    assert plain > 50 and shuffled < 25
 
 
 def test_evaluate_command(trained, capsys):
@@ -1229,6 +1232,7 @@ def test_readme_is_true(capsys):
 @pytest.mark.parametrize("arguments", ["b", "l --forward"])
 def test_parity_at_full_size(arguments):
     """In a process of its own, which gives its memory back."""
+    pytest.importorskip("peft")
     print(run("test_rsrefseg.py", "parity", *arguments.split()))
 
 
@@ -1280,8 +1284,7 @@ def full_size_parity(size, forward_only, folder):
             if expected and not name.endswith("k_proj.bias"):
                 errors.append(abs(parameter.grad.norm() / expected - 1).item())
         rows.append((f"norm of each of {len(errors)} gradients", max(errors), 1e-4))
-    count = sum(p.numel() for p in parameters.values())
-    print(f"{size}: {count:,} parameters train, peak memory {peak_memory('cpu'):.1f} GiB")
+    print(f"{size}: {sum(p.numel() for p in parameters.values()):,} train, {peak_memory('cpu'):.1f} GiB")
     return rows
 
 

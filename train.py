@@ -67,7 +67,7 @@ def parse_args(argv=None):
     add("--out", Path("runs", sam), "folder for checkpoints and logs", type=Path)
     add("--siglip", None, "SigLIP weights, if not the published ones: file, folder or Hugging Face name")
     add("--sam-weights", None, "SAM weights likewise, or one of Meta's .pth files")
-    add("--init", None, "start from this checkpoint, of train.py or of the released code", type=Path)
+    add("--init", None, "start from this checkpoint (also a released one), with its settings", type=Path)
     add("--resume", False, "continue the run in --out", action="store_true")
     add("--lora-rank", 16, "0 trains the towers whole", type=int)
     add("--lora-alpha", 16, "the adapters are scaled by alpha / rank", type=float)
@@ -86,7 +86,7 @@ def parse_args(argv=None):
     add("--clip", 0.0, "largest gradient norm; 0 does not clip", type=float)
     add("--loss", "bce", "the paper's cross-entropy, or with a Dice loss", choices=["bce", "bce+dice"])
     add("--map-loss", 0.0, "weight of the same loss on the sentence map", type=float)
-    add("--device", DEVICE, "cuda or cpu")
+    add("--device", DEVICE, "CUDA_VISIBLE_DEVICES selects the card", choices=["cuda", "cpu"])
     add("--amp", DEFAULT_AMP, "autocast type", choices=list(AMP))
     add("--checkpoint-activations", False, "recompute activations to save memory", action="store_true")
     add("--workers", 4, "processes that read images", type=int)
@@ -94,9 +94,12 @@ def parse_args(argv=None):
     add("--save-every", 200, "steps between writings of resume.pt", type=positive_int)
     add("--val-every", 1, "epochs between validations", type=positive_int)
     args = parser.parse_args(argv)
-    pretrained = args.init or (args.siglip and args.sam_weights)
-    if sam == "tiny" and args.lora_rank and not pretrained:
-        parser.error("--lora-rank with tiny needs pretrained towers: give --siglip and --sam-weights")
+    if sam == "tiny" and not args.init:
+        sources = [args.siglip, args.sam_weights]
+        if any(sources) != all(sources) or args.lora_rank and not any(sources):
+            parser.error("tiny is trained from scratch, or with --lora-rank, --siglip and --sam-weights")
+    if args.prompts == "sparse" and args.text == "local" and args.map_loss:
+        parser.error("--prompts sparse --text local does not use the sentence: give --map-loss 0")
     return args
 
 
@@ -193,11 +196,14 @@ def initial_model(args):
 
 
 def run_config(args, model, refs):
-    """Returns what a resumed run must share with its first part: the recipe and the rows of its data."""
-    rows = json.dumps([(ref.ref_id, ref.image.name, ref.phrase) for ref in refs])
+    """Returns what a resumed run must share with its first part: recipe, data and frozen weights."""
     config = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     config.update(model.settings)
-    return dict(config, training_rows=hashlib.sha1(rows.encode()).hexdigest())
+    rows = [(ref.ref_id, ref.image.name, ref.phrase) for ref in refs]
+    frozen = [p.flatten()[-1].item() for p in model.parameters() if not p.requires_grad]
+    config["training_rows"] = hashlib.sha1(json.dumps(rows).encode()).hexdigest()
+    config["frozen_weights"] = hashlib.sha1(json.dumps(frozen).encode()).hexdigest()
+    return config
 
 
 def save_state(args, config, progress, model, optimizer, scaler):
@@ -311,6 +317,7 @@ def main(argv=None):
     exists = (args.out / "resume.pt").exists()
     if args.resume and not exists:
         raise ValueError(f"{args.out} holds no run to resume.")
+    exists = exists or (args.out / "best.safetensors").exists()
     if exists and not args.resume:
         raise ValueError(f"{args.out} holds a run: give --resume, or another --out.")
 
@@ -361,6 +368,7 @@ def main(argv=None):
             progress["best"] = validate(model, val_set, step, progress["best"], args)
             progress["validated"] = step
             save_state(args, config, progress, model, optimizer, scaler)
+            continue                                                  # a signal may have come meanwhile
         if step == total_steps:
             break
 
@@ -376,7 +384,7 @@ def main(argv=None):
         if (step + 1) % 50 == 0 or (step + 1) % steps_per_epoch == 0:
             loss = all_reduce_mean(loss, model.device)
             log_step(args, step + 1, total_steps, loss, lr, norm, seconds)
-        if (step + 1) % args.save_every == 0:
+        if (step + 1) % args.save_every == 0 or (step + 1) % steps_per_epoch == 0:
             save_state(args, config, progress, model, optimizer, scaler)
     bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
