@@ -6,8 +6,8 @@
 Papers differ in their rules; these are RSRefSeg's. Masks are compared at the image's original size.
 gIoU (elsewhere mIoU) is the mean over samples of the foreground IoU. cIoU (elsewhere oIoU) is the sum
 of all intersections over the sum of all unions. Pr@X is the share of samples with IoU > X; LAVT and its
-successors use >=. A sample with empty target and empty prediction has IoU 1 and is counted in the
-output; the released code divides 0 by 0 there.
+successors use >=. A sample with empty target and prediction has IoU 1, and the output says how many
+there are; the released code divides 0 by 0.
 """
 import argparse
 import json
@@ -138,8 +138,8 @@ def picture_sheet(model, dataset, rows, indices, side=224):
 def bench(size, batch_size, device, amp, calls=10):
     """Returns a line: images a second, with a phrase of 10 tokens each, and peak memory on CUDA. Random
     weights; the median of `calls` calls after a warm-up."""
-    rank = 0 if size == "tiny" else 16
-    model = RSRefSeg(size, lora_rank=rank, dtype=AMP[amp] or torch.float32, init=False)
+    lora_rank = 0 if size == "tiny" else 16
+    model = RSRefSeg(size, lora_rank=lora_rank, dtype=AMP[amp] or torch.float32, init=False)
     for parameter in model.eval().to(device).parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     images = torch.rand(batch_size, 3, model.image_size, model.image_size, device=device)

@@ -6,7 +6,8 @@ LoRA adapts the two frozen towers.
     python rsrefseg.py IMAGE "the gray ship on the left" ["another phrase" ...] --checkpoint FILE
 
 B images, N phrases (N = B k, k consecutive ones per image), L text tokens (EOS included), D SigLIP
-width, C SAM prompt width, g side of SigLIP's grid, e of SAM's, M sparse prompts, H W pixels.
+width, C SAM prompt width, g side of SigLIP's grid, e of SAM's, M sparse prompts, S side of SAM's
+input, H W pixels.
 """
 import argparse
 import hashlib
@@ -223,9 +224,9 @@ class RSRefSeg(nn.Module):
         """A PIL image or path, and N phrases -> masks (N, H, W) bool and scores (N,), on the CPU.
         A score is the mean probability inside the mask, 0 for an empty one. Sets eval mode.
 
-        The model sees the whole image, resized; with `tile`, overlapping windows of tile x tile pixels,
-        whose logits are blended, for small objects in large scenes. "Left" then means left in a window.
-        `intermediates` receives those of the last window.
+        The model sees the whole image, resized. `tile`, for small objects in large scenes, makes it see
+        overlapping windows of tile x tile pixels, whose logits are blended. "Left" then means left in a
+        window. `intermediates` receives those of the last window.
         """
         image = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
         ids, token_mask = self.tokenize([phrases] if isinstance(phrases, str) else phrases)
@@ -280,8 +281,8 @@ class RSRefSeg(nn.Module):
     @classmethod
     def from_checkpoint(cls, path, siglip=None, sam_weights=None, dtype=torch.float32):
         """A trained model in eval mode, from a checkpoint of train.py or of the released code. The
-        frozen towers come from where training had them, unless sources are given (`sam_weights` also
-        names the released checkpoint that training started from)."""
+        frozen towers come from where training had them, unless sources are given (if training started
+        from a released checkpoint, `sam_weights` names that file)."""
         metadata, tensors = read_checkpoint(path)
         if not metadata:                                            # not written by save
             return cls.load_official(path, siglip, dtype=dtype)
@@ -342,7 +343,9 @@ def read_checkpoint(path):
         return {}, state
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-    return {key: json.loads(text) for key, text in metadata.items() if "settings" in metadata}, state
+    if "settings" not in metadata:
+        return {}, state
+    return {key: json.loads(text) for key, text in metadata.items()}, state
 
 
 def atomic_write(path, content):
@@ -384,7 +387,7 @@ def fetch(source, filename):
     pinned = {name: (revision, sha256) for name, revision, sha256 in HUB.values()}
     revision, sha256 = pinned.get(source, (None, None))
     try:
-        cached = try_to_load_from_cache(source, filename, revision=revision)     # verified before
+        cached = try_to_load_from_cache(source, filename, revision=revision)     # then it was verified
         path = Path(hf_hub_download(source, filename, revision=revision))
     except Exception as error:                    # its type depends on the version of huggingface_hub
         raise OSError(f"{path} does not exist, and {source} cannot be downloaded: {error}. Give local "

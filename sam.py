@@ -2,9 +2,9 @@
 
 Checked against transformers' SamModel. Modules are named as the tensors of facebook/sam-vit-base,
 -large and -huge; Meta's sam_vit_*.pth are renamed on loading. What differs from the published code: one
-call takes B images, each with its own prompts, the relative position bias is never stored as a matrix
-(`Attention`), and neck and positional encoding stay in fp32 under autocast. Left out: the automatic
-mask generator and the helpers that resize images and boxes. Needs torch and safetensors.
+call takes B images, each with its own prompts; the relative position bias is never stored as a matrix
+(`Attention`); neck and positional encoding stay in fp32 under autocast. Left out: the automatic mask
+generator and the helpers that resize images and boxes. Needs torch and safetensors.
 
 B batch, C prompt width, D encoder width, d head width, e side of the encoder's grid (image / patch),
 n side of a window or grid, M sparse prompts, H W pixels.
@@ -245,7 +245,7 @@ class PromptEncoder(nn.Module):
         background, foreground, *corners = [embed.weight for embed in self.point_embed]
         sparse = []
         if points is not None:
-            if boxes is None:                        # as in training, padding replaces a missing box
+            if boxes is None:                        # as published: a padding point instead of a box
                 points = F.pad(points, (0, 0, 0, 1))
                 labels = F.pad(labels, (0, 1), value=-1)
             pos = positional_encoding((points + 0.5) / self.image)     # + 0.5: the pixel's centre
@@ -322,7 +322,7 @@ class TwoWayTransformer(nn.Module):
         self.layer_norm_final_attn = nn.LayerNorm(config.prompt, eps=1e-5)       # as published
 
     def forward(self, token_pos, image, image_pos):
-        tokens = token_pos
+        tokens = token_pos                           # the first tokens are also the positions
         for layer in self.layers:
             tokens, image = layer(tokens, image, token_pos, image_pos)
         tokens = tokens + self.final_attn_token_to_image(tokens + token_pos, image + image_pos, image)

@@ -37,7 +37,7 @@ class SigLIPConfig:
 
 CONFIGS = {
     "so400m": SigLIPConfig(1152, 27, 16, 4304, 384, 14, 32000),
-    # Without pretraining, a convolution stem and a = exp(2.3) = 10 learn faster.
+    # Untrained towers learn faster with a convolution stem and a cosine scale of exp(2.3) = 10.
     "tiny": SigLIPConfig(64, 3, 2, 192, 96, 8, 128, stem=(24, 48), logit_scale=2.3),
 }
 
@@ -164,9 +164,9 @@ class TextTower(nn.Module):
         self.head = nn.Linear(config.width, config.width)
 
     def forward(self, ids, mask):
-        attn_mask = mask[:, None, None, :]             # padding is not attended to, unlike by default
+        attn_mask = mask[:, None, None, :]             # transformers attends to padding too
         tokens = self.final_layer_norm(self.encoder(self.embeddings(ids), attn_mask))
-        eos = mask.sum(1) - 1                          # (transformers attends to it and reads s at 63)
+        eos = mask.sum(1) - 1                          # transformers reads s at position 63
         return tokens, self.head(tokens[torch.arange(len(ids), device=ids.device), eos])
 
 
@@ -182,7 +182,7 @@ class SigLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor([self.config.logit_scale]))
         self.logit_bias = nn.Parameter(torch.zeros(1))
         for layer in [*self.text_model.encoder.layers, *self.vision_model.encoder.layers]:
-            for linear in (layer.self_attn.out_proj, layer.mlp.fc2):     # small residual branches
+            for linear in (layer.self_attn.out_proj, layer.mlp.fc2):     # start near the identity
                 nn.init.normal_(linear.weight, std=0.2 * linear.in_features ** -0.5)
 
     def encode_image(self, images):

@@ -134,6 +134,11 @@ def one_thread():
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def small(tmp_path):
     """A small model in eval mode, loaded from two folders in Hugging Face layout."""
@@ -774,7 +779,7 @@ def test_sam_parity(kinds):
         check(f"SAM iou, {name}", iou, result.iou_scores[:, 0])
         (masks.square().mean() + iou.square().mean()).backward()
         (result.pred_masks.square().mean() + result.iou_scores.square().mean()).backward()
-        assert check_gradients(f"SAM, {name}", ours, theirs) > 120
+        assert check_gradients(f"SAM, {name}", ours, theirs, 1e-3) > 120
         ours.zero_grad()
         theirs.zero_grad()
     one = {name: value[1:2] for name, value in prompts.items()}

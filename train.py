@@ -106,13 +106,13 @@ def parse_args(argv=None):
 def learning_rate(step, steps_per_epoch, args):
     """Linear from 0.01 lr to lr over the warm-up, then cosine to 0.001 lr at the end.
 
-    The released schedule steps once per epoch, and its cosine takes 200 epochs after the warm-up, of
-    which a run sees 195. For it floor `step` to whole epochs after the warm-up, with --epochs 205,
-    stopped at 200.
+    The released code lowers the rate once per epoch, along a cosine of 200 epochs that is cut off after
+    195. To imitate it, round `step` down to whole epochs here, and stop a run of --epochs 205 after
+    epoch 200.
     """
     warmup = args.warmup_epochs * steps_per_epoch
     total = args.epochs * steps_per_epoch
-    if step < warmup:                                           # whose last step has the full rate
+    if step < warmup:                                           # the last warm-up step has the full rate
         return args.lr * (0.01 + 0.99 * min(1, step / max(1, warmup - 1)))
     cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
     return args.lr * (0.001 + 0.999 * cosine)
@@ -245,9 +245,9 @@ def training_step(step, model, ddp_model, loader, optimizer, scaler, args):
         images = batch["images"].to(model.device, non_blocking=True)
         masks = batch["masks"].to(model.device, non_blocking=True)
         ids, token_mask = model.tokenize([ref.phrase for ref in batch["refs"]])
-        intermediates = {}             # without device_ids DistributedDataParallel passes this very dict
+        intermediates = {}             # forward fills it, also through DistributedDataParallel
         last = i == accumulate - 1
-        # Gradients are all-reduced only with the last micro-batch.
+        # Several processes all-reduce their gradients only with the last micro-batch.
         with nullcontext() if last or ddp_model is model else ddp_model.no_sync():
             with autocast(model.device, args.amp):
                 logits = ddp_model(images / 255, ids, token_mask, intermediates)
