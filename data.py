@@ -8,7 +8,7 @@
 
 `python data.py check DIR` opens every file and lists every defect, `download rrsisd DIR` fetches a set,
 `toy DIR` draws the toy. Its phrases name an object by colour, size, place or neighbour and are true of
-that object alone, although most stand beside others of their class. Its files are as RRSIS-D's.
+that object alone, although most stand beside others of their class. It is stored as `own` data are.
 Shapes: B images, k phrases per image, N = B k, S side of the model's input, H W an image's size.
 """
 import argparse
@@ -24,7 +24,6 @@ import sys
 import textwrap
 import zipfile
 from collections import Counter, namedtuple
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,22 +43,6 @@ from tqdm import tqdm
 Ref = namedtuple("Ref", "ref_id split image phrase category mask")
 # For other formats, such as EPS, Pillow may start an external program.
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Loads lists, dicts, strings and numbers; refuses a pickle that names a class or a function."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it would call {module}.{name}")
-
-
-def read_pickle(path):
-    """Return the plain data of a pickle file. Raises ValueError if it is damaged or holds more."""
-    with open(path, "rb") as file:
-        try:
-            return PlainUnpickler(file).load()
-        except Exception as error:  # a damaged pickle can raise anything
-            raise ValueError(f"{path} is no pickle of plain data: {error}. Fetch it again.") from error
 
 
 def to_rgb(image):
@@ -118,21 +101,6 @@ def decode_rle(counts, height, width):
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
-def encode_rle(mask):
-    """(H, W) bool -> COCO's compressed run lengths, the inverse of decode_rle."""
-    edges = np.flatnonzero(np.diff(mask.T.reshape(-1), prepend=False))
-    runs = np.diff(edges, prepend=0, append=mask.size).tolist()
-    text = ""
-    for i, value in enumerate(runs):
-        if i > 2:
-            value -= runs[i - 2]
-        while not -16 <= value < 16:
-            text += chr(80 + (value & 31))
-            value >>= 5
-        text += chr(48 + (value & 31))
-    return text
-
-
 # -------------------------------------------------------------------------------------------- data sets
 
 def read_lines(path, parse=str):
@@ -141,14 +109,23 @@ def read_lines(path, parse=str):
     return [(f"{path.stem}:{i}", parse(line.strip())) for i, line in enumerate(lines, 1) if line.strip()]
 
 
+class PlainUnpickler(pickle.Unpickler):
+    """Loads plain data. A pickle that names a class or a function could run any code."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"the pickle would call {module}.{name}")
+
+
 def read_rrsisd(root):
+    with open(root / "rrsisd" / "refs(unc).p", "rb") as file:
+        rows = PlainUnpickler(file).load()
     instances = json.loads((root / "rrsisd" / "instances.json").read_text("utf-8"))
     names = {row["id"]: row["name"] for row in instances["categories"]}
     masks = {row["id"]: row["segmentation"][0] for row in instances["annotations"]}
     images = root / "images" / "rrsisd" / "JPEGImages"
     return [Ref(row["ref_id"], row["split"], images / row["file_name"],
                 row["sentences"][0]["sent"].strip(), names[row["category_id"]], masks[row["ann_id"]])
-            for row in read_pickle(root / "rrsisd" / "refs(unc).p")]
+            for row in rows]
 
 
 def read_own(root):
@@ -285,9 +262,8 @@ def map_in_processes(function, items, title):
     if len(items) < 500:                  # fewer take less time than starting processes
         return [function(item) for item in tqdm(items, title)]
     # "spawn", because a fork of a process that uses CUDA or NCCL can hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(8, os.cpu_count()), mp_context=context) as pool:
-        return list(tqdm(pool.map(function, items, chunksize=8), title, len(items)))
+    with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count())) as pool:
+        return list(tqdm(pool.imap(function, items, chunksize=8), title, len(items)))
 
 
 def check_row(ref):
@@ -592,42 +568,32 @@ def toy_scene(seed, index):
 
 
 def save_scene(job):
-    """Write a scene's JPEG. Returns its rows [(ref, annotation)] in RRSIS-D's form."""
-    path, seed, index, split = job
+    """Write a scene's image and masks. Returns its rows of phrases.jsonl."""
+    root, seed, index, split = job
     image, phrases = toy_scene(seed, index)
-    image.save(path, quality=95)
+    name = f"{index:05d}.jpg"
+    image.save(root / "images" / name, quality=95)
     rows = []
-    for number, (item, phrase) in enumerate(phrases, 4 * index):
-        category = list(OBJECTS).index(item.category)
-        sentence = dict(tokens=phrase.lower().split(), raw=phrase, sent_id=number, sent=phrase)
-        ref = dict(image_id=index, split=split, sentences=[sentence], file_name=path.name,
-                   category_id=category, ann_id=number, sent_ids=[number], ref_id=number)
-        segmentation = dict(size=[SCENE, SCENE], counts=encode_rle(item.mask))
-        annotation = dict(id=number, image_id=index, categories_id=category, area=int(item.mask.sum()),
-                          bbox=Image.fromarray(item.mask).getbbox(), segmentation=[segmentation])
-        rows.append((ref, annotation))
+    for number, (item, phrase) in enumerate(phrases):
+        mask = f"{index:05d}_{number}.png"
+        Image.fromarray(item.mask).save(root / "masks" / mask)
+        rows.append(dict(image=name, mask=mask, phrase=phrase, split=split, category=item.category))
     return rows
 
 
 def write_toy(root, train=3000, val=100, test=320, seed=0):
-    """Draw a toy data set with RRSIS-D's files. Raises ValueError if ROOT already holds a data set."""
-    folder = Path(root) / "images" / "rrsisd" / "JPEGImages"
-    lists = Path(root) / "rrsisd"
-    if (lists / "refs(unc).p").exists():
+    """Draw a toy data set into a folder. Raises ValueError if it already holds one."""
+    root = Path(root)
+    if (root / "phrases.jsonl").exists():
         raise ValueError(f"{root} already holds a data set. Choose another folder or delete it.")
-    folder.mkdir(parents=True, exist_ok=True)
-    lists.mkdir(exist_ok=True)
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
     splits = ["train"] * train + ["val"] * val + ["test"] * test
-    jobs = [(folder / f"{index:05d}.jpg", seed, index, split) for index, split in enumerate(splits)]
+    jobs = [(root, seed, index, split) for index, split in enumerate(splits)]
     scenes = map_in_processes(save_scene, jobs, f"drawing {root}")
-    refs, annotations = zip(*[row for scene in scenes for row in scene])
-    images = [dict(id=i, file_name=path.name, height=SCENE, width=SCENE) for path, _, i, _ in jobs]
-    categories = [dict(id=i, name=name) for i, name in enumerate(OBJECTS)]
-    instances = dict(images=images, annotations=annotations, categories=categories)
-    (lists / "instances.json").write_text(json.dumps(instances))
-    temporary = lists / "refs.tmp"  # written last and renamed: refs(unc).p marks a complete data set
-    temporary.write_bytes(pickle.dumps(list(refs)))
-    temporary.replace(lists / "refs(unc).p")
+    temporary = root / "phrases.tmp"  # renamed when complete: phrases.jsonl marks a complete data set
+    temporary.write_text("\n".join(json.dumps(row) for rows in scenes for row in rows))
+    temporary.replace(root / "phrases.jsonl")
 
 
 # --------------------------------------------------------------------------------------------- commands

@@ -2,8 +2,7 @@
 y = W x + (alpha / r) B A x, r the rank. Checked against peft. Needs torch and safetensors.
 
     inject(model, ["encoder.layers.*.self_attn.[qkv]_proj"], r=16, alpha=16, dropout=0.1)
-    ...train...
-    merge(model)
+    merge(model)                                                               # after training
 """
 import json
 from fnmatch import fnmatchcase
@@ -35,7 +34,11 @@ class LoRA(nn.Module):
         nn.init.zeros_(self.B.weight)            # A keeps torch's default, Kaiming-uniform
 
     def forward(self, x):
-        return self.base(x) + self.B(self.A(self.dropout(x)) * self.scale)
+        if torch.is_autocast_enabled(x.device.type):        # cast once for base and adapter
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = self.base(x)
+        y += self.B(self.A(self.dropout(x)) * self.scale)           # in place: y is large
+        return y
 
     def delta(self):
         """Returns what the adapter adds to the base weight, in its shape."""
@@ -99,9 +102,8 @@ def parameter_table(model):
         row[0] += parameter.numel() if parameter.requires_grad else 0
         row[1] += parameter.numel()
     rows["total"] = [sum(column) for column in zip(*rows.values())]
-    lines = [f"{'component':30}{'trainable':>15}{'parameters':>15}"]
-    lines += [f"{name:30}{trainable:>15,}{total:>15,}" for name, (trainable, total) in rows.items()]
-    return "\n".join(lines)
+    lines = [f"{name:30}{trainable:>15,}{total:>15,}" for name, (trainable, total) in rows.items()]
+    return "\n".join([f"{'component':30}{'trainable':>15}{'parameters':>15}", *lines])
 
 
 def save_peft(model, folder):
@@ -115,7 +117,7 @@ def save_peft(model, folder):
     for name, layer in layers.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = layer.A.weight.detach().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = layer.B.weight.detach().contiguous()
-    r = layer.A.weight.shape[0]                # every layer has the same
+    r = len(layer.A.weight)                    # every layer has the same
     config = dict(peft_type="LORA", r=r, lora_alpha=layer.scale * r, lora_dropout=layer.dropout.p,
                   bias="none", target_modules=list(layers), inference_mode=True)
     Path(folder).mkdir(parents=True, exist_ok=True)

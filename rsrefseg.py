@@ -234,7 +234,8 @@ class RSRefSeg(nn.Module):
         h = min(tile or image.height, image.height)
         w = min(tile or image.width, image.width)
         corners = [(y, x) for y in tile_starts(image.height, h) for x in tile_starts(image.width, w)]
-        blend = blend_weights(h)[:, None] * blend_weights(w)
+        # Blend weights of a window's pixels, lowest at its borders, so that no seam shows.
+        blend = torch.hann_window(h, periodic=False).outer(torch.hann_window(w, periodic=False)) + 1e-6
         logits = torch.zeros(len(ids), image.height, image.width)
         weights = torch.zeros(image.height, image.width)
         for y, x in tqdm(corners, "windows", disable=len(corners) == 1):
@@ -265,54 +266,51 @@ class RSRefSeg(nn.Module):
         """Pretrained towers with new LoRA adapters and prompter: where training starts."""
         return cls(sam, init=False, **settings).load_backbones(siglip, sam_weights)
 
+    def checkpoint_state_dict(self):
+        """Returns what a checkpoint holds: what training changes if the rest can be loaded from the
+        backbones' files, else everything."""
+        if self.backbones and self.settings["lora_rank"]:
+            return lora.trainable_state_dict(self)
+        return self.state_dict()
+
     def save(self, path, **metadata):
-        """Write what training changes, and what `from_checkpoint` needs besides, as safetensors."""
-        metadata["settings"] = self.settings
-        if self.settings["lora_rank"]:
-            if not self.backbones or not lora.adapted_layers(self):
-                raise ValueError("call load_backbones before save, and save before lora.merge.")
-            metadata["backbones"] = self.backbones
-        else:
-            metadata["tokenizer"] = self.tokenizer.to_str()         # everything is trained: no sources
-        tensors = {key: tensor.contiguous() for key, tensor in lora.trainable_state_dict(self).items()}
+        """Write a checkpoint for `from_checkpoint`, as safetensors."""
+        metadata.update(settings=self.settings, backbones=self.backbones)
+        if not self.backbones:
+            metadata["tokenizer"] = self.tokenizer.to_str()
+        tensors = {key: tensor.contiguous() for key, tensor in self.checkpoint_state_dict().items()}
         metadata = {key: json.dumps(value) for key, value in metadata.items()}
         atomic_write(path, to_bytes(tensors, metadata))
 
     @classmethod
     def from_checkpoint(cls, path, siglip=None, sam_weights=None, dtype=torch.float32):
         """A trained model in eval mode, from a checkpoint of train.py or of the released code. The
-        frozen towers come from where training had them, unless sources are given (if training started
-        from a released checkpoint, `sam_weights` names that file)."""
+        frozen towers come from where training had them, unless sources are given."""
         metadata, tensors = read_checkpoint(path)
         if not metadata:                                            # not written by save
             return cls.load_official(path, siglip, dtype=dtype)
-        settings = dict(metadata["settings"], dtype=dtype)
-        backbones = metadata.get("backbones")
-        if not backbones:                                      # without LoRA everything is in the file
-            model = cls(**settings, tokenizer=Tokenizer.from_str(metadata["tokenizer"]))
-        elif "official" in backbones:                          # frozen towers in a released checkpoint
-            official = sam_weights or backbones["official"]
-            model = cls.load_official(official, siglip or backbones["siglip"], **settings)
-        else:
-            model = cls(**settings, init=False)
+        model = cls(**metadata["settings"], dtype=dtype, init=False)
+        backbones = metadata["backbones"]
+        if backbones:
             model.load_backbones(siglip or backbones["siglip"], sam_weights or backbones["sam"])
-        copy_tensors(tensors, lora.trainable_state_dict(model), path)
+        else:
+            model.tokenizer = Tokenizer.from_str(metadata["tokenizer"])
+        copy_tensors(tensors, model.checkpoint_state_dict(), path)
         return model.eval()
 
     @classmethod
-    def load_official(cls, path, siglip=None, **settings):
+    def load_official(cls, path, siglip=None, dtype=torch.float32):
         """A checkpoint of the released code in eval mode. Size, rank and prompter depth follow from its
         keys; alpha is 16 there. The tokenizer comes from SigLIP's source."""
-        siglip = siglip or HUB["siglip"][0]
         _, state = read_checkpoint(path)
-        settings.update(official_settings(state, path))
-        model = cls(**settings, init=False)
-        model.tokenizer = Tokenizer.from_file(str(fetch(siglip, "tokenizer.json")))
+        settings = official_settings(state, path)
+        model = cls(**settings, dtype=dtype, init=False)
+        tokenizer = fetch(siglip or HUB["siglip"][0], "tokenizer.json")
+        model.tokenizer = Tokenizer.from_file(str(tokenizer))
         state = {key: tensor for key, tensor in state.items() if not key.startswith(OFFICIAL_UNUSED)}
         depth = settings["down_blocks"]
         target = {official_name(key, depth): tensor for key, tensor in model.state_dict().items()}
         copy_tensors(state, target, path)
-        model.backbones = dict(official=absolute_source(path), siglip=absolute_source(siglip))
         return model.eval()
 
 
@@ -327,11 +325,6 @@ def tile_starts(length, tile):
     """Returns where windows start along one side, so that neighbours overlap by at least half."""
     steps = math.ceil(2 * (length - tile) / tile)
     return [round(i * (length - tile) / max(1, steps)) for i in range(steps + 1)]
-
-
-def blend_weights(n):
-    """Returns (n,) weights of a window's pixels, lowest at its borders, so that no seam shows."""
-    return torch.sin((torch.arange(n) + 0.5) / n * math.pi) ** 2 + 1e-4
 
 
 def read_checkpoint(path):

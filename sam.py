@@ -86,6 +86,14 @@ def window_unpartition(windows, H, W):
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :H, :W]
 
 
+def attend_row(q, k, v, row_bias, column_bias):
+    """softmax(q.k + bias) v for the queries of one row of the grid, (B, heads, n, d), and all keys."""
+    scores = (q @ k.transpose(2, 3)).unflatten(3, (q.shape[2], -1))                # (B, heads, n, n, n)
+    scores += row_bias[..., None]
+    scores += column_bias[..., None, :]
+    return scores.flatten(3).softmax(-1) @ v
+
+
 class Attention(nn.Module):
     """Self-attention over an n x n grid with decomposed relative positions (ViTDet, arXiv:2203.16527):
     softmax(q.k / sqrt(d) + bias) v, with bias = q.Rh[row of q - row of k] + q.Rw[column of q - column
@@ -93,8 +101,7 @@ class Attention(nn.Module):
 
     As an n^2 x n^2 matrix the bias of one global layer of SAM-b takes 0.4 GB per image in bf16. But it
     is an inner product too: append (q Rh, q Rw) to each query, and the one-hot codes of its row and its
-    column to each key. Plain attention on these longer vectors then adds the bias by itself.
-    """
+    column to each key. Plain attention on these longer vectors then adds the bias by itself."""
 
     def __init__(self, width, heads, n):
         super().__init__()
@@ -117,12 +124,23 @@ class Attention(nn.Module):
         row_bias = torch.einsum("bhyxd,ykd->bhyxk", grid, self.rel_pos_h[offset])
         column_bias = torch.einsum("bhyxd,xkd->bhyxk", grid, self.rel_pos_w[offset])
 
-        one_hot = torch.eye(n, dtype=k.dtype, device=k.device)
-        codes = torch.cat([one_hot.repeat_interleave(n, 0), one_hot.repeat(n, 1)], 1)     # row, column
-        q = torch.cat([q * d ** -0.5, row_bias.flatten(2, 3), column_bias.flatten(2, 3)], -1)
-        k = torch.cat([k, codes.expand(B, self.heads, -1, -1)], -1)        # (B, heads, n * n, d + 2n)
-        v = F.pad(v, (0, 2 * n))                           # fused kernels want q, k and v of one width
-        x = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
+        q = q * d ** -0.5
+        if n > 32 and not x.is_cuda:
+            # Row by row the scores stay in a CPU's cache. The backward pass computes them again.
+            k, v = k.contiguous(), v.contiguous()
+            rows = zip(q.chunk(n, 2), row_bias.unbind(2), column_bias.unbind(2))
+            rows = [checkpoint(attend_row, q, k, v, *bias, use_reentrant=False) for q, *bias in rows]
+            x = torch.cat(rows, 2)
+        else:
+            one_hot = torch.eye(n, dtype=k.dtype, device=k.device)
+            codes = torch.cat([one_hot.repeat_interleave(n, 0), one_hot.repeat(n, 1)], 1)
+            q = torch.cat([q, row_bias.flatten(2, 3), column_bias.flatten(2, 3)], -1)
+            k = torch.cat([k, codes.expand(B, self.heads, -1, -1)], -1)    # (B, heads, n * n, d + 2n)
+            if x.is_cuda:
+                v = F.pad(v, (0, 2 * n))                   # fused kernels want q, k and v of one width
+                x = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
+            else:                                          # faster on a CPU than the fused kernel
+                x = (q @ k.transpose(2, 3)).softmax(-1) @ v
         return self.proj(x.transpose(1, 2).reshape(B, n, n, D))
 
 
@@ -412,9 +430,6 @@ class SAM(nn.Module):
         return self.decode(self.encode_image(images), sparse, dense, multimask)
 
 
-# In some files shared_image_embedding.positional_embedding is stored a second time under this name.
-UNUSED = "prompt_encoder.shared_embedding."
-
 META_NAMES = (   # regular expression for names in Meta's .pth files -> our name, applied in this order
     ("^image_encoder.blocks", "image_encoder.layers"), ("^image_encoder", "vision_encoder"),
     ("patch_embed.proj", "patch_embed.projection"), (r"\.norm", ".layer_norm"),
@@ -461,4 +476,6 @@ def load_weights(target, path):
     if str(path).endswith(".pth"):
         for pattern, ours in META_NAMES:
             state = {re.sub(pattern, ours, key): tensor for key, tensor in state.items()}
-    copy_tensors({key: state[key] for key in state if not key.startswith(UNUSED)}, target, path)
+    # Some files store shared_image_embedding.positional_embedding a second time.
+    state.pop("prompt_encoder.shared_embedding.positional_embedding", None)
+    copy_tensors(state, target, path)

@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 EOS = 1           # id of </s>, which is also the padding
-UNKNOWN = 2       # id of <unk>
 MAX_TOKENS = 64   # rows of the text tower's position embedding
 
 
@@ -57,7 +56,11 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, heads, L, D / heads)
         k = self.k_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if x.is_cuda or mask is not None:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:             # the same: on a CPU faster, as the scores of a few heads stay in the cache
+            parts = zip((q * q.shape[-1] ** -0.5).split(4, 1), k.split(4, 1), v.split(4, 1))
+            x = torch.cat([(q @ k.transpose(2, 3)).softmax(-1) @ v for q, k, v in parts], 1)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -220,10 +223,7 @@ def tokenize(tokenizer, phrases):
 def out_of_vocabulary(tokenizer, phrases):
     """Returns the words that map to <unk>. SigLIP's tokenizer spells unknown words in bytes instead."""
     words = {word for phrase in phrases for word in canonical(phrase).split()}
-    return sorted(word for word in words if UNKNOWN in tokenizer.encode(word).ids)
-
-
-UNUSED = "vision_model.head."   # the pooling head, in the published file but not in this model
+    return sorted(word for word in words if "<unk>" in tokenizer.encode(word).tokens)
 
 
 def load_weights(target, path):
@@ -233,7 +233,8 @@ def load_weights(target, path):
         state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or corrupt ({error}). Download it again.") from error
-    found = {key: list(tensor.shape) for key, tensor in state.items() if not key.startswith(UNUSED)}
+    pooling_head = "vision_model.head."                     # in the published file, not in this model
+    found = {key: list(state[key].shape) for key in state if not key.startswith(pooling_head)}
     expected = {key: list(tensor.shape) for key, tensor in target.items()}
     mismatched = [key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)]
     if mismatched:

@@ -13,6 +13,7 @@ import argparse
 import copy
 import functools
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -166,21 +167,23 @@ def test_metrics_by_hand():
     assert (result["samples"], result["both_empty"]) == (5, 1)
 
 
+def encode_rle(mask):
+    coco = pytest.importorskip("pycocotools.mask")
+    return coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+
+
 def test_run_lengths_equal_pycocotools():
     # 2 x 3, columns 01 | 11 | 00: one 0, three 1s, two 0s; 1 -> "1", 3 -> "3", 2 -> "2"
     assert data.decode_rle("132", 2, 3).tolist() == [[False, True, False], [True, True, False]]
     for counts in ("", "13", "1320", "13\x7f", "13o", "o"):
         with pytest.raises(ValueError, match="run lengths"):
             data.decode_rle(counts, 2, 3)
-    coco = pytest.importorskip("pycocotools.mask")
     rng = np.random.default_rng(1)
     for _ in range(200):
         height, width = rng.integers(1, 90, 2)
         mask = data.resize_mask(rng.random(rng.integers(1, 12, 2)) > 0.5, height, width)
         mask ^= rng.random((height, width)) > rng.choice([0.9, 0.99, 1.0])
-        theirs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-        assert data.encode_rle(mask) == theirs
-        assert (data.decode_rle(theirs, height, width) == mask).all()
+        assert (data.decode_rle(encode_rle(mask), height, width) == mask).all()
 
 
 def test_toy_tokenizer():
@@ -272,6 +275,7 @@ def test_a_phrase_gives_the_same_mask_in_any_batch():
 def test_full_size_shapes(size, trainable, monkeypatch):
     """On the meta device, which refuses most tensors that the code makes on the CPU, like a GPU."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())      # meta has none
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     model = meta_model(size)
     with torch.device("meta"):
         images = torch.empty(2, 3, 1024, 1024, dtype=torch.uint8)
@@ -330,12 +334,14 @@ def test_lora_targets_and_names():
             lora.inject(model, [target])
 
 
-@pytest.mark.parametrize("module, model", [(siglip, SigLIP), (sam, SAM)])
-def test_weight_files_are_compared_exactly(tmp_path, module, model):
+@pytest.mark.parametrize("module, model, unused", [
+    (siglip, SigLIP, "vision_model.head.probe"),
+    (sam, SAM, "prompt_encoder.shared_embedding.positional_embedding")])
+def test_weight_files_are_compared_exactly(tmp_path, module, model, unused):
     source = fill(model("small")).state_dict()
     target = model("small").state_dict()
     path = tmp_path / "model.safetensors"
-    save_file(source | {f"{module.UNUSED}x": torch.zeros(3)}, path)
+    save_file(source | {unused: torch.zeros(3)}, path)
     module.load_weights(target, path)
     assert all(torch.equal(tensor, target[key]) for key, tensor in source.items())
     first = next(iter(source))
@@ -408,8 +414,11 @@ def test_checkpoint_round_trip(small, tmp_path, monkeypatch):
     assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(half(images, ids, mask), again(images, ids, mask))
-    with pytest.raises(ValueError, match="load_backbones before save"):
-        small_model().save(path)
+    # A model whose towers came from no file is saved whole.
+    whole = small_model(tokenizer=data.toy_tokenizer()).eval()
+    whole.save(tmp_path / "whole.safetensors")
+    again = RSRefSeg.from_checkpoint(tmp_path / "whole.safetensors")
+    assert torch.equal(again(images, ids, mask), whole(images, ids, mask))
     with pytest.raises(ValueError, match="no tokenizer"):
         small_model().segment(Image.new("RGB", (50, 40)), "the ship")
     path.write_bytes(path.read_bytes()[:5000])
@@ -488,17 +497,14 @@ def test_only_plain_data_is_unpickled(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
 
-    path = tmp_path / "x.p"
     plain = [dict(a=1, b="x", c=[1.5, None, True])]
-    path.write_bytes(pickle.dumps(plain))
-    assert data.read_pickle(path) == plain
-    contents = [pickle.dumps([{"a": value}], protocol) for value in (Exploit(), np.float64(1))
-                for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
-    for content in [*contents, pickle.dumps(plain)[:-3]]:
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="x.p is no pickle of plain data"):
-            data.read_pickle(path)
-    assert list(tmp_path.iterdir()) == [path]
+    assert data.PlainUnpickler(io.BytesIO(pickle.dumps(plain))).load() == plain
+    for value in (Exploit(), np.float64(1)):
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            file = io.BytesIO(pickle.dumps([{"a": value}], protocol))
+            with pytest.raises(pickle.UnpicklingError, match="the pickle would call"):
+                data.PlainUnpickler(file).load()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_images_of_every_mode(tmp_path):
@@ -517,26 +523,21 @@ def test_images_of_every_mode(tmp_path):
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """A toy data set of 24 + 8 + 8 scenes of four phrases, in RRSIS-D's files."""
+    """A toy data set of 24 + 8 + 8 scenes of four phrases."""
     root = tmp_path_factory.mktemp("toy")
     call(data.main, "toy", root, "--train", 24, "--val", 8, "--test", 8, "--seed", 5)
     return root
 
 
 def test_toy_scenes(toy):
-    """They follow from their seed, do not overlap, and are stored as RRSIS-D is."""
+    """They follow from their seed, their objects do not overlap, and their masks are stored."""
     image, rows = data.toy_scene(5, 0)
     assert image.tobytes() == data.toy_scene(5, 0)[0].tobytes()
     assert image.tobytes() != data.toy_scene(6, 0)[0].tobytes()
     assert np.sum([item.mask for item, _ in rows], 0).max() == 1
-    ref = data.read_pickle(toy / "rrsisd" / "refs(unc).p")[0]
-    assert " ".join(ref) == "image_id split sentences file_name category_id ann_id sent_ids ref_id"
-    row = json.loads((toy / "rrsisd" / "instances.json").read_text())["annotations"][0]
-    mask = data.decode_rle(row["segmentation"][0]["counts"], 256, 256)
-    y, x = mask.nonzero()
-    assert (row["id"], row["categories_id"]) == (ref["ann_id"], ref["category_id"])
-    assert row["bbox"] == [x.min(), y.min(), x.max() + 1, y.max() + 1]
-    assert (mask == rows[0][0].mask).all()
+    for (item, phrase), ref in zip(rows, data.read_refs(toy)[1]):
+        assert (ref.phrase, ref.category, ref.split) == (phrase, item.category, "train")
+        assert (data.read_mask(ref) == item.mask).all()
 
 
 SIDES = dict(left=(-1, 0), right=(1, 0), top=(0, -1), upper=(0, -1), bottom=(0, 1), lower=(0, 1))
@@ -591,8 +592,27 @@ def test_items_of_a_data_set(toy):
         assert items["refs"] == one.refs[:8]
         assert all(torch.equal(one[i]["masks"][0], items["masks"][i]) for i in range(8))
     three = data.RefSegDataset(toy, "val", 96, phrases=3)              # the last group is filled up
-    numbers = [[ref.ref_id - one.refs[0].ref_id for ref in refs] for refs in three.items[:2]]
-    assert numbers == [[0, 1, 2], [3, 0, 1]]
+    assert [[one.refs.index(ref) for ref in refs] for refs in three.items[:2]] == [[0, 1, 2], [3, 0, 1]]
+
+
+def write_rrsisd(root, refs):
+    """Write rows of the toy set as RRSIS-D's files. Returns the contents of its two lists."""
+    images = root / "images" / "rrsisd" / "JPEGImages"
+    images.mkdir(parents=True)
+    (root / "rrsisd").mkdir()
+    rows = []
+    annotations = []
+    for number, ref in enumerate(refs):
+        shutil.copy(ref.image, images)
+        mask = data.read_mask(ref)
+        rows.append(dict(ref_id=number, ann_id=100 + number, category_id=7, split=ref.split,
+                         file_name=ref.image.name, sentences=[dict(sent=ref.phrase)]))
+        segmentation = dict(size=mask.shape, counts=encode_rle(mask))
+        annotations.append(dict(id=100 + number, segmentation=[segmentation]))
+    instances = dict(categories=[dict(id=7, name="ship")], annotations=annotations)
+    (root / "rrsisd" / "refs(unc).p").write_bytes(pickle.dumps(rows))
+    (root / "rrsisd" / "instances.json").write_text(json.dumps(instances))
+    return rows, instances
 
 
 def write_format(root, dataset, refs):
@@ -609,22 +629,22 @@ def write_format(root, dataset, refs):
         Image.fromarray(mask.astype(np.uint8) * 255).save(masks / name)
         file = f"output_phrase_{ref.split}.txt"
         line = f"{name.removesuffix('.tif')} {ref.phrase}"
-        if dataset == "own":
-            file = "phrases.jsonl"
-            line = json.dumps(dict(image=name, mask=name, phrase=ref.phrase, split=ref.split))
         if dataset == "risbench_lines":
             file = f"{ref.split}.jsonl"
-            segmentation = dict(size=mask.shape, counts=data.encode_rle(mask))
+            segmentation = dict(size=mask.shape, counts=encode_rle(mask))
             line = json.dumps(dict(split=ref.split, sent=f" {ref.phrase}  ", file_name=name,
                                    segmentation=segmentation))
         with open(root / file, "a") as lines:
             lines.write(f"{line}\n")
 
 
-@pytest.mark.parametrize("dataset", ["refsegrs", "risbench", "risbench_lines", "own"])
+@pytest.mark.parametrize("dataset", ["rrsisd", "refsegrs", "risbench", "risbench_lines"])
 def test_other_data_sets(toy, tmp_path, dataset):
     refs = [ref for split in data.SPLITS for ref in data.RefSegDataset(toy, split, 96).refs[:3]]
-    write_format(tmp_path, dataset, refs)
+    if dataset == "rrsisd":
+        write_rrsisd(tmp_path, refs)
+    else:
+        write_format(tmp_path, dataset, refs)
     assert data.read_refs(tmp_path)[0] == dataset.removesuffix("_lines")
     items = [item for split in data.SPLITS for item in data.RefSegDataset(tmp_path, split, 96)]
     for item, ref in zip(items, refs, strict=True):
@@ -638,21 +658,18 @@ def test_other_data_sets(toy, tmp_path, dataset):
 
 
 def test_check_lists_every_defect(toy, tmp_path, capsys):
-    root = shutil.copytree(toy, tmp_path / "damaged")
-    images = root / "images" / "rrsisd" / "JPEGImages"
-    refs = data.read_pickle(root / "rrsisd" / "refs(unc).p")
-    instances = json.loads((root / "rrsisd" / "instances.json").read_text())
-    refs[0]["sentences"][0]["sent"] = " ?"
-    rows = instances["annotations"]
-    rows[1]["segmentation"][0]["counts"] = "132"
-    rows[2]["segmentation"][0]["counts"] = data.encode_rle(np.zeros((256, 256), bool))
+    rows, instances = write_rrsisd(tmp_path, data.RefSegDataset(toy, "train", 96).refs[:16])
+    rows[0]["sentences"][0]["sent"] = " ?"
+    instances["annotations"][1]["segmentation"][0]["counts"] = "132"
+    instances["annotations"][2]["segmentation"][0]["counts"] = encode_rle(np.zeros((256, 256), bool))
+    (tmp_path / "rrsisd" / "refs(unc).p").write_bytes(pickle.dumps(rows))
+    (tmp_path / "rrsisd" / "instances.json").write_text(json.dumps(instances))
+    images = tmp_path / "images" / "rrsisd" / "JPEGImages"
     (images / "00001.jpg").write_bytes((images / "00001.jpg").read_bytes()[:900])
     (images / "00002.jpg").unlink()
     Image.open(images / "00003.jpg").resize((256, 257)).save(images / "00003.jpg")
-    (root / "rrsisd" / "refs(unc).p").write_bytes(pickle.dumps(refs))
-    (root / "rrsisd" / "instances.json").write_text(json.dumps(instances))
     with pytest.raises(ValueError, match="training would fail: 10 bad rows"):
-        call(data.main, "check", root)
+        call(data.main, "check", tmp_path)
     kinds = "empty|run lengths|cannot read|no such|another size"
     found = re.findall(rf"(error|warning): train, ref_id (\d+): .*({kinds})", capsys.readouterr().out)
     expected = [("error", 0, "empty"), ("error", 1, "run lengths"), ("warning", 2, "empty")]
@@ -660,13 +677,17 @@ def test_check_lists_every_defect(toy, tmp_path, capsys):
     expected += [("warning", i, "another size") for i in range(12, 16)]
     assert found == [(kind, str(ref_id), what) for kind, ref_id, what in expected]
     with pytest.raises(ValueError, match="2 problems. the phrase of ref_id 0 .*00002.jpg"):
-        data.RefSegDataset(root, "train", 96)
+        data.RefSegDataset(tmp_path, "train", 96)
+    (tmp_path / "rrsisd" / "refs(unc).p").write_bytes(pickle.dumps(rows)[:-3])
+    with pytest.raises(ValueError, match="cannot read the lists of rrsisd"):
+        data.read_refs(tmp_path)
 
 
 def test_download(toy, tmp_path, monkeypatch, capsys):
     """RRSIS-D as the hub has it is unpacked into its folders and checked."""
-    snapshot = shutil.copytree(toy / "rrsisd", tmp_path / "snapshot")
-    shutil.make_archive(snapshot / "JPEGImages", "zip", toy / "images" / "rrsisd", "JPEGImages")
+    write_rrsisd(tmp_path, data.read_refs(toy)[1])
+    snapshot = tmp_path / "rrsisd"
+    shutil.make_archive(snapshot / "JPEGImages", "zip", tmp_path / "images" / "rrsisd", "JPEGImages")
     client = create_autospec(huggingface_hub.snapshot_download, return_value=str(snapshot))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", client)
     call(data.main, "download", "rrsisd", tmp_path / "data")
@@ -788,17 +809,29 @@ def test_sam_parity(kinds):
         ours.encode_image(images[..., :64])
 
 
-def test_relative_position_is_the_bias_it_stands_for():
+@pytest.mark.parametrize("cuda", [True, False])
+@pytest.mark.parametrize("n", [5, 33])
+def test_relative_position_is_the_bias_it_stands_for(n, cuda, monkeypatch):
+    """In each of the forms that devices and grids get: a window, a grid by rows, and the fused call."""
+    model = fill(sam.Attention(32, 2, n)).double()
+    x = torch.randn(2, n, n, 32, dtype=torch.float64)
     # The plain form: an N x N bias q.Rh + q.Rw, written out in float64.
-    model = fill(sam.Attention(32, 2, 5)).double()
-    x = torch.randn(2, 5, 5, 32, dtype=torch.float64)
-    q, k, v = model.qkv(x).reshape(2, 25, 3, 2, 16).permute(2, 0, 3, 1, 4)
-    position = torch.cartesian_prod(torch.arange(5), torch.arange(5))             # (25, 2): row, column
-    offset = position[:, None] - position + 4                                      # (25, 25, 2)
-    table = model.rel_pos_h[offset[..., 0]] + model.rel_pos_w[offset[..., 1]]      # (25, 25, 16)
-    bias = torch.einsum("bhnd,nmd->bhnm", q, table)
-    y = torch.softmax(q @ k.transpose(2, 3) / 4 + bias, -1) @ v
-    check("relative position", model(x), model.proj(y.transpose(1, 2).reshape(2, 5, 5, 32)), 1e-12)
+    q, k, v = model.qkv(x).reshape(2, n * n, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    position = torch.cartesian_prod(torch.arange(n), torch.arange(n))           # (n * n, 2): row, column
+    offset = position[:, None] - position + n - 1                               # (n * n, n * n, 2)
+    row_bias = torch.einsum("bhnd,nmd->bhnm", q, model.rel_pos_h[offset[..., 0]])
+    column_bias = torch.einsum("bhnd,nmd->bhnm", q, model.rel_pos_w[offset[..., 1]])
+    y = torch.softmax(q @ k.transpose(2, 3) / 4 + row_bias + column_bias, -1) @ v
+    expected = model.proj(y.transpose(1, 2).reshape(2, n, n, 32))
+    expected.square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", cuda)                          # chooses the form only
+    output = model(x)
+    check(f"relative position, {n} x {n}, {cuda=}", output, expected, 1e-12)
+    output.square().sum().backward()
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients):
+        check(f"gradient of {name}", parameter.grad, gradient, 1e-12)
 
 
 @pytest.mark.parametrize("layer, shape", [
@@ -967,12 +1000,10 @@ def assert_same_run(a, b):
         assert torch.equal(x, y) if torch.is_tensor(x) else x == y
 
 
-def drop_refs(root, rows):
-    """Delete some rows of a toy set."""
-    path = root / "rrsisd" / "refs(unc).p"
-    refs = data.read_pickle(path)
-    del refs[rows]
-    path.write_bytes(pickle.dumps(refs))
+def keep_rows(root, rows):
+    """Delete the other rows of a toy set."""
+    lines = (root / "phrases.jsonl").read_text().splitlines()
+    (root / "phrases.jsonl").write_text("\n".join(lines[rows]))
 
 
 def test_a_broken_run_resumes_to_the_bit(toy, trained, tmp_path, monkeypatch):
@@ -992,15 +1023,15 @@ def test_a_broken_run_resumes_to_the_bit(toy, trained, tmp_path, monkeypatch):
         call(train.main, *arguments, "--data", toy)
     os.umask(old_umask)
     monkeypatch.undo()
-    assert len(json.loads(re.search(r"samples (\[.*?\])", str(error.value))[1])) == 8 * 4
+    assert str(error.value).count("phrases:") == 8 * 4
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o640}
     assert torch.load(out / "resume.pt", weights_only=True)["progress"]["step"] == 4
     moved = shutil.copytree(toy, tmp_path / "moved")
     call(train.main, *arguments, "--data", moved, "--resume")
     assert_same_run(trained, out)
-    drop_refs(moved, slice(4))
+    keep_rows(moved, slice(4, None))
     for flags, message in ((["--data", moved, "--resume"], "other arguments or data: training_rows"),
-                           (["--data", toy, "--resume", "--lr", 1], "other arguments or data: lr 0.002"),
+                           (["--data", toy, "--resume", "--lr", 1], "other arguments or data: lr 0.001"),
                            (["--data", toy], "holds a run: "),
                            (["--data", toy, "--out", tmp_path, "--resume"], "holds no run to resume")):
         with pytest.raises(ValueError, match=message):
@@ -1043,7 +1074,7 @@ def test_two_processes_follow_one(toy, tmp_path):
     """Each micro-batch, and so BatchNorm in training, sees the same samples: losses, gradients and
     weights agree. BatchNorm's running statistics are the first process's. 31 samples are scored."""
     root = shutil.copytree(toy, tmp_path / "toy")
-    drop_refs(root, -1)
+    keep_rows(root, slice(-1))
     arguments = ["--sam", "tiny", "--data", root, "--epochs", 2, "--batch-size", 4, *CPU]
     call(train.main, *arguments, "--out", tmp_path / "one")
     run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", *arguments,
@@ -1074,7 +1105,7 @@ def test_lora_training_in_mixed_precision(toy, small, tmp_path, amp):
 
 @pytest.mark.parametrize("name", ["own.safetensors", "official.pth"])
 def test_training_starts_from_a_checkpoint(toy, small, tmp_path, name):
-    """--init. What was trained from the released code's checkpoint finds its towers there."""
+    """--init, with this program's own checkpoint and with one of the released code."""
     small.save(tmp_path / "own.safetensors")
     torch.save(official_state(small), tmp_path / "official.pth")
     arguments = [*small_arguments(toy, tmp_path), "--init", tmp_path / name, "--out", tmp_path / "out"]
@@ -1146,7 +1177,7 @@ def test_segment_command(trained, toy, tmp_path, capsys):
     """Every image of a folder, each with its own files. What --json prints is what the mask shows."""
     (tmp_path / "scenes").mkdir()
     names = ["a.jpg", "a.png", "crosscheck.jpg", "water_mask.png"]
-    for name, scene in zip(names, sorted((toy / "images" / "rrsisd" / "JPEGImages").iterdir())):
+    for name, scene in zip(names, sorted((toy / "images").iterdir())):
         Image.open(scene).resize((200, 150)).save(tmp_path / "scenes" / name)
     (tmp_path / "scenes" / "notes.txt").write_text("no image")
     phrases = ["the ship", "A gray storage tank, on the left!", "the crane"]

@@ -40,7 +40,7 @@ from rsrefseg import RSRefSeg, atomic_write, autocast, read_checkpoint
 from sam import CONFIGS, copy_tensors, read_state
 
 # `--sam tiny` has no pretrained towers: losses that teach them to agree, and few epochs at a high rate.
-TINY = dict(lora_rank=0, epochs=5, batch_size=8, total_batch=8, phrases=4, lr=2e-3, warmup_epochs=0.25,
+TINY = dict(lora_rank=0, epochs=5, batch_size=8, total_batch=8, phrases=4, lr=1e-3, warmup_epochs=0.25,
             clip=1.0, loss="bce+dice", map_loss=1.0, workers=0)
 
 # What may differ when a run is resumed. Data may move, but run_config compares its rows.
@@ -94,10 +94,8 @@ def parse_args(argv=None):
     add("--save-every", 200, "steps between writings of resume.pt", type=positive_int)
     add("--val-every", 1, "epochs between validations", type=positive_int)
     args = parser.parse_args(argv)
-    if sam == "tiny" and not args.init:
-        sources = [args.siglip, args.sam_weights]
-        if any(sources) != all(sources) or args.lora_rank and not any(sources):
-            parser.error("tiny is trained from scratch, or with --lora-rank, --siglip and --sam-weights")
+    if sam == "tiny" and not args.init and (args.siglip or args.sam_weights or args.lora_rank):
+        parser.error("tiny is trained from scratch: no --siglip, --sam-weights or --lora-rank")
     if args.prompts == "sparse" and args.text == "local" and args.map_loss:
         parser.error("--prompts sparse --text local does not use the sentence: give --map-loss 0")
     return args
@@ -141,7 +139,7 @@ def all_reduce_mean(value, device):
 
 def load_data(args):
     """Returns the train, val and test sets. Draws the toy set if it is missing."""
-    drawn = (args.data / "rrsisd" / "refs(unc).p").exists()            # the file that is written last
+    drawn = (args.data / "phrases.jsonl").exists()                     # the file that is written last
     if args.data == Path("data", "toy") and not drawn and rank_and_world_size()[0] == 0:
         write_toy(args.data)
     if dist.is_initialized():
@@ -184,7 +182,7 @@ def initial_model(args):
         if model.settings["sam"] != args.sam:
             raise ValueError(f"{args.init} holds size {model.settings['sam']}, not --sam {args.sam}.")
         print(f"settings of {args.init}: {model.settings}")
-    elif args.sam == "tiny" and not (args.siglip and args.sam_weights):
+    elif args.sam == "tiny":
         model = RSRefSeg(**settings, tokenizer=toy_tokenizer())
     else:
         model = RSRefSeg(**settings, dtype=dtype, init=False)
@@ -394,7 +392,7 @@ def main(argv=None):
     if dist.is_initialized():
         dist.barrier()                                                # rank 0 has written it
     best = args.out / "best.safetensors"
-    copy_tensors(read_checkpoint(best)[1], lora.trainable_state_dict(model), best)
+    copy_tensors(read_checkpoint(best)[1], model.checkpoint_state_dict(), best)
     result = scores(evaluate(model, test_set, args.batch_size, args.amp, args.workers))
     log(args, format_scores("test ", result), kind="test", step=step, **result)
     if dist.is_initialized():
