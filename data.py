@@ -24,6 +24,7 @@ import sys
 import textwrap
 import zipfile
 from collections import Counter, namedtuple
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -262,8 +263,9 @@ def map_in_processes(function, items, title):
     if len(items) < 500:                  # fewer take less time than starting processes
         return [function(item) for item in tqdm(items, title)]
     # "spawn", because a fork of a process that uses CUDA or NCCL can hang.
-    with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count())) as pool:
-        return list(tqdm(pool.imap(function, items, chunksize=8), title, len(items)))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(8, os.cpu_count()), mp_context=context) as pool:
+        return list(tqdm(pool.map(function, items, chunksize=8), title, len(items)))
 
 
 def check_row(ref):
@@ -584,7 +586,7 @@ def save_scene(job):
 def write_toy(root, train=3000, val=100, test=320, seed=0):
     """Draw a toy data set into a folder. Raises ValueError if it already holds one."""
     root = Path(root)
-    if (root / "phrases.jsonl").exists():
+    if any((root / marker).exists() for marker, *_ in FORMATS.values()):
         raise ValueError(f"{root} already holds a data set. Choose another folder or delete it.")
     for folder in ("images", "masks"):
         (root / folder).mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ def evaluate(model, dataset, batch_size, amp="off", workers=0, shuffle_phrases=F
     rows = []
     for batch in tqdm(loader, f"evaluating {dataset.split}", leave=False, disable=rank > 0):
         refs = batch["refs"]
-        given = phrases[len(rows):len(rows) + len(refs)]
+        given = phrases[len(rows):len(rows) + len(refs)]       # those of this batch
         with autocast(model.device, amp):
             logits = model(batch["images"].to(model.device) / 255, *model.tokenize(given))
         for ref, phrase, target, logit in zip(refs, given, batch["originals"], logits):
@@ -85,7 +85,7 @@ def evaluate(model, dataset, batch_size, amp="off", workers=0, shuffle_phrases=F
     if world_size > 1:
         parts = [None] * world_size
         dist.all_gather_object(parts, rows)
-        rows = [parts[i % world_size][i // world_size] for i in range(len(dataset))]
+        rows = [parts[i % world_size][i // world_size] for i in range(len(dataset))]        # in order
     return rows
 
 
@@ -167,7 +167,7 @@ def main(argv=None):
     add("--dataset", choices=list(FORMATS), help="format of --data, if the folder does not tell")
     add("--split", default="test", choices=SPLITS, help="default: test")
     add("--shuffle-phrases", action="store_true", help="negative control: other phrases")
-    add("--batch-size", type=positive_int, help="default: 8, with --bench 1")
+    add("--batch-size", type=positive_int, help="default: 8; 1 for --bench")
     add("--workers", type=int, default=0, help="processes that read images (default: 0)")
     add("--siglip", help="SigLIP weights, if they moved: file, folder or Hugging Face name")
     add("--sam-weights", help="SAM weights, if they moved")
@@ -179,7 +179,7 @@ def main(argv=None):
         return
     if args.checkpoint is None:
         parser.error("name a checkpoint, or give --bench")
-    metadata, _ = read_checkpoint(args.checkpoint)
+    metadata = read_checkpoint(args.checkpoint)[0]
     data = args.data or metadata.get("data")
     if data is None:
         parser.error(f"{args.checkpoint} does not say what it was trained on: give --data")
@@ -193,6 +193,8 @@ def main(argv=None):
     rows = evaluate(model, dataset, args.batch_size or 8, args.amp, args.workers, args.shuffle_phrases)
     result = scores(rows)
     name = f"shuffled.{args.split}" if args.shuffle_phrases else args.split
+    if args.data:
+        name = f"{args.data.name}.{name}"
     print(category_table(rows))
     print(format_scores(name, result))
     stem = f"{args.checkpoint.with_suffix('')}.{name}"

@@ -23,7 +23,7 @@ class LoRA(nn.Module):
         self.base = base.requires_grad_(False)
         self.scale = alpha / r
         self.dropout = nn.Dropout(dropout)
-        kwargs = dict(bias=False, device=base.weight.device)    # fp32, whatever the base's type
+        kwargs = dict(bias=False, device=base.weight.device)    # no dtype: fp32, also on a bf16 base
         if isinstance(base, nn.Linear):
             self.A = nn.Linear(base.in_features, r, **kwargs)
             self.B = nn.Linear(r, base.out_features, **kwargs)
@@ -36,9 +36,7 @@ class LoRA(nn.Module):
     def forward(self, x):
         if torch.is_autocast_enabled(x.device.type):        # cast once for base and adapter
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = self.base(x)
-        y += self.B(self.A(self.dropout(x)) * self.scale)           # in place: y is large
-        return y
+        return self.base(x) + self.B(self.A(self.dropout(x)) * self.scale)
 
     def delta(self):
         """Returns what the adapter adds to the base weight, in its shape."""
@@ -89,7 +87,7 @@ def base_state_dict(model):
 
 
 def trainable_state_dict(model):
-    """Returns what training changes: the trainable parameters and all buffers."""
+    """Returns what training changes, the trainable parameters, and the buffers."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     return {key: tensor for key, tensor in model.state_dict().items() if key not in frozen}
 

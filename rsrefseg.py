@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -40,20 +41,15 @@ SIGLIP_SIZE = {"b": "so400m", "l": "so400m", "h": "so400m", "tiny": "tiny"}     
 
 # ------------------------------------------------------------------------------------------ AttnPrompter
 
-class ConvBNGELU(nn.Module):
-    def __init__(self, c_in, c_out, kernel, stride=1, padding=0):
-        super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(c_out)
-
-    def forward(self, x):
-        return F.gelu(self.bn(self.conv(x)))
+def conv_bn_gelu(c_in, c_out, kernel, stride=1, padding=0):
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(c_out), gelu=nn.GELU()))
 
 
 class AttnPrompter(nn.Module):
     """SigLIP's features -> SAM's sparse prompts (section II-C, equations 3 and 4).
 
-        v             image features V                                        (N, D, g, g)
+        v             image features V, repeated for each phrase              (N, D, g, g)
         t             token features T                                        (N, L, D)
         token_mask    True on tokens, False on padding                        (N, L)
         s             sentence feature                                        (N, D)
@@ -68,8 +64,8 @@ class AttnPrompter(nn.Module):
         super().__init__()
         self.text = text
         branches = 3 if text == "both" else 2
-        self.channel = ConvBNGELU(branches * width, channels, 1)
-        blocks = [ConvBNGELU(channels, channels, 3, stride=2, padding=1) for _ in range(down_blocks)]
+        self.channel = conv_bn_gelu(branches * width, channels, 1)
+        blocks = [conv_bn_gelu(channels, channels, 3, stride=2, padding=1) for _ in range(down_blocks)]
         self.spatial = nn.Sequential(*blocks)
         self.project = nn.Conv2d(channels, channels, 1)
 
@@ -82,7 +78,7 @@ class AttnPrompter(nn.Module):
         word_map = torch.sigmoid(a * torch.einsum("ndhw,nld->nlhw", v_unit, t_unit) + b)
         sentence_map = a * torch.einsum("ndhw,nd->nhw", v_unit, s_unit) + b
 
-        # The mean over real tokens; the released code's includes padding.
+        # The mean over real tokens. The released code's includes padding, if a batch has any.
         is_token = token_mask[:, :, None, None].to(word_map.dtype)
         mean_map = (word_map * is_token).sum(1, keepdim=True) / is_token.sum(1, keepdim=True)
         f_local = (v + v * mean_map) / 2                                       # eq. 3, local semantics
@@ -111,9 +107,9 @@ class RSRefSeg(nn.Module):
     """The whole model, with random weights until some are loaded. `sam` is the size: b, l, h or tiny.
     The defaults are the paper's model; text_lora, down_blocks, prompts and text are its ablations.
 
-    lora_rank > 0 freezes the towers and adapts them, 0 trains them whole; the rest is trained in any
-    case. `dtype` is the type of the towers' frozen Linear weights: the autocast type halves their
-    memory and saves casting them at every call, but then the model runs only under autocast.
+    lora_rank > 0 freezes the towers and adapts them, 0 trains them whole; what else is used is trained.
+    `dtype` is the type of the towers' frozen Linear weights. In the autocast type they take half the
+    memory and need no casts, but then the model runs only under autocast.
     `init=False` skips random initialisation: load weights before use.
     """
 
@@ -136,7 +132,7 @@ class RSRefSeg(nn.Module):
                 if isinstance(module, nn.Linear) and not module.weight.requires_grad:
                     module.to(dtype)
         if not init:
-            self.to_empty(device="cpu")
+            self.to_empty(device="cpu")                        # what follows is initialised in any case
         if lora_rank:
             targets = LORA_TARGETS + TEXT_LORA_TARGETS if text_lora else LORA_TARGETS
             lora.inject(self, targets, lora_rank, lora_alpha, lora_dropout)
@@ -175,14 +171,14 @@ class RSRefSeg(nn.Module):
             encoding = self.sam.shared_image_embedding
             sparse, word_map, sentence_map = self.prompter(
                 v, t.float(), s.float(), token_mask, a, b, encoding.grid(v.shape[-1]))
-            # SigLIP's sentence map is a rough segmentation: it becomes SAM's mask prompt.
+            # The sentence map, a rough segmentation once trained, becomes SAM's mask prompt.
             side = 4 * f_sam.shape[-1]
             mask_prompt = F.interpolate(sentence_map[:, None], size=(side, side), mode="bilinear")
             if self.settings["prompts"] == "dense":
                 sparse = None
             if self.settings["prompts"] == "sparse":
                 mask_prompt = None
-            _, dense = self.sam.prompt_encoder(encoding, masks=mask_prompt)  # (N, C, e, e)
+            _, dense = self.sam.prompt_encoder(encoding, masks=mask_prompt)
             logits, _ = self.sam.decode(f_sam, sparse, dense, multimask=False)
         if intermediates is not None:
             intermediates.update(f_sam=f_sam, v=v, t=t, s=s, word_map=word_map,
@@ -226,7 +222,7 @@ class RSRefSeg(nn.Module):
 
         The model sees the whole image, resized. `tile`, for small objects in large scenes, makes it see
         overlapping windows of tile x tile pixels, whose logits are blended. "Left" then means left in a
-        window. `intermediates` receives those of the last window.
+        window. `intermediates` receives those of the last window. Under autocast if `dtype` needs it.
         """
         image = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
         ids, token_mask = self.tokenize([phrases] if isinstance(phrases, str) else phrases)
@@ -235,7 +231,8 @@ class RSRefSeg(nn.Module):
         w = min(tile or image.width, image.width)
         corners = [(y, x) for y in tile_starts(image.height, h) for x in tile_starts(image.width, w)]
         # Blend weights of a window's pixels, lowest at its borders, so that no seam shows.
-        blend = torch.hann_window(h, periodic=False).outer(torch.hann_window(w, periodic=False)) + 1e-6
+        profiles = [torch.hann_window(n, periodic=False) + 1e-4 for n in (h, w)]
+        blend = profiles[0].outer(profiles[1])
         logits = torch.zeros(len(ids), image.height, image.width)
         weights = torch.zeros(image.height, image.width)
         for y, x in tqdm(corners, "windows", disable=len(corners) == 1):
@@ -258,7 +255,11 @@ class RSRefSeg(nn.Module):
         self.tokenizer = Tokenizer.from_file(str(fetch(siglip, "tokenizer.json")))
         siglip_module.load_weights(lora.base_state_dict(self.siglip), fetch(siglip, "model.safetensors"))
         sam_module.load_weights(lora.base_state_dict(self.sam), fetch(sam_weights, "model.safetensors"))
-        self.backbones = dict(siglip=absolute_source(siglip), sam=absolute_source(sam_weights))
+        if self.settings["lora_rank"]:
+            # Absolute paths are found again from any folder. A Hugging Face name stays as it is.
+            sources = dict(siglip=siglip, sam=sam_weights)
+            self.backbones = {tower: str(Path(source).absolute()) if Path(source).exists() else source
+                              for tower, source in sources.items()}
         return self
 
     @classmethod
@@ -267,14 +268,16 @@ class RSRefSeg(nn.Module):
         return cls(sam, init=False, **settings).load_backbones(siglip, sam_weights)
 
     def checkpoint_state_dict(self):
-        """Returns what a checkpoint holds: what training changes if the rest can be loaded from the
-        backbones' files, else everything."""
-        if self.backbones and self.settings["lora_rank"]:
+        """Returns what a checkpoint holds: only what training changes if the frozen towers come from
+        files of their own, else everything."""
+        if self.backbones:
             return lora.trainable_state_dict(self)
         return self.state_dict()
 
     def save(self, path, **metadata):
         """Write a checkpoint for `from_checkpoint`, as safetensors."""
+        if self.settings["lora_rank"] and not lora.adapted_layers(self):
+            raise ValueError("save before lora.merge: a checkpoint keeps the adapters.")
         metadata.update(settings=self.settings, backbones=self.backbones)
         if not self.backbones:
             metadata["tokenizer"] = self.tokenizer.to_str()
@@ -285,12 +288,13 @@ class RSRefSeg(nn.Module):
     @classmethod
     def from_checkpoint(cls, path, siglip=None, sam_weights=None, dtype=torch.float32):
         """A trained model in eval mode, from a checkpoint of train.py or of the released code. The
-        frozen towers come from where training had them, unless sources are given."""
+        frozen towers, unless in the file, come from where training had them, or from given sources."""
         metadata, tensors = read_checkpoint(path)
         if not metadata:                                            # not written by save
+            del tensors                                             # they are read again
             return cls.load_official(path, siglip, dtype=dtype)
         model = cls(**metadata["settings"], dtype=dtype, init=False)
-        backbones = metadata["backbones"]
+        backbones = metadata.get("backbones")
         if backbones:
             model.load_backbones(siglip or backbones["siglip"], sam_weights or backbones["sam"])
         else:
@@ -361,17 +365,12 @@ HUB = {
 }
 
 
-def absolute_source(source):
-    """An absolute path, so that it is found from any folder; a Hugging Face name stays as it is."""
-    return str(Path(source).absolute()) if Path(source).exists() else source
-
-
 def fetch(source, filename):
     """Returns the path of `filename`. `source` is a weight file, its folder, or a Hugging Face name,
     which is downloaded once. Raises OSError, or ValueError for weights that are not the published
     ones."""
     path = Path(source)
-    if path.is_file() and filename != "model.safetensors":      # the tokenizer lies beside the weights
+    if path.is_file() and filename != "model.safetensors":        # tokenizer.json lies beside weights
         path = path.parent
     if path.is_dir():
         path = path / filename
@@ -380,7 +379,8 @@ def fetch(source, filename):
     pinned = {name: (revision, sha256) for name, revision, sha256 in HUB.values()}
     revision, sha256 = pinned.get(source, (None, None))
     try:
-        cached = try_to_load_from_cache(source, filename, revision=revision)     # then it was verified
+        # A file in the cache was verified when it was downloaded.
+        cached = try_to_load_from_cache(source, filename, revision=revision)
         path = Path(hf_hub_download(source, filename, revision=revision))
     except Exception as error:                    # its type depends on the version of huggingface_hub
         raise OSError(f"{path} does not exist, and {source} cannot be downloaded: {error}. Give local "

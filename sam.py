@@ -87,8 +87,9 @@ def window_unpartition(windows, H, W):
 
 
 def attend_row(q, k, v, row_bias, column_bias):
-    """softmax(q.k + bias) v for the queries of one row of the grid, (B, heads, n, d), and all keys."""
-    scores = (q @ k.transpose(2, 3)).unflatten(3, (q.shape[2], -1))                # (B, heads, n, n, n)
+    """softmax(q.k + bias) v for the queries of one row of the grid, (B, heads, n, d), and all keys. The
+    biases (B, heads, n, n) hold for each query a number per row and a number per column of the keys."""
+    scores = (q @ k.transpose(2, 3)).unflatten(3, (q.shape[2], -1))     # (..., key row, key column)
     scores += row_bias[..., None]
     scores += column_bias[..., None, :]
     return scores.flatten(3).softmax(-1) @ v
@@ -100,8 +101,8 @@ class Attention(nn.Module):
     of k].
 
     As an n^2 x n^2 matrix the bias of one global layer of SAM-b takes 0.4 GB per image in bf16. But it
-    is an inner product too: append (q Rh, q Rw) to each query, and the one-hot codes of its row and its
-    column to each key. Plain attention on these longer vectors then adds the bias by itself."""
+    is an inner product too: append q Rh and q Rw to each query, and to each key the one-hot codes of the
+    key's own row and column. Plain attention on these longer vectors then adds the bias by itself."""
 
     def __init__(self, width, heads, n):
         super().__init__()
@@ -117,7 +118,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(B, n * n, 3, self.heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                               # (B, heads, n * n, d)
 
-        # The terms of the bias: for each query a number per row and a number per column of the keys.
+        # The terms of the bias, see attend_row.
         position = torch.arange(n, device=x.device)
         offset = position[:, None] - position + n - 1                   # (n, n), 0 to 2n - 2
         grid = q.unflatten(2, (n, n))
@@ -127,9 +128,11 @@ class Attention(nn.Module):
         q = q * d ** -0.5
         if n > 32 and not x.is_cuda:
             # Row by row the scores stay in a CPU's cache. The backward pass computes them again.
-            k, v = k.contiguous(), v.contiguous()
-            rows = zip(q.chunk(n, 2), row_bias.unbind(2), column_bias.unbind(2))
-            rows = [checkpoint(attend_row, q, k, v, *bias, use_reentrant=False) for q, *bias in rows]
+            k = k.contiguous()
+            v = v.contiguous()
+            rows = []
+            for q_row, *biases in zip(q.chunk(n, 2), row_bias.unbind(2), column_bias.unbind(2)):
+                rows.append(checkpoint(attend_row, q_row, k, v, *biases, use_reentrant=False))
             x = torch.cat(rows, 2)
         else:
             one_hot = torch.eye(n, dtype=k.dtype, device=k.device)
@@ -200,7 +203,7 @@ class ImageEncoder(nn.Module):
                 x = checkpoint(layer, x, use_reentrant=False)
             else:
                 x = layer(x)
-        # The neck is 1 % of the work, but in bf16 it would make a fifth of the error of F_sam.
+        # The neck is 1 % of the work; in bf16 it would add to the error of F_sam.
         with torch.autocast(x.device.type, enabled=False):
             return self.neck(x.permute(0, 3, 1, 2).float())
 
@@ -228,29 +231,15 @@ class PositionalEncoding(nn.Module):
         return self(torch.stack([x, y], -1)).permute(2, 0, 1)[None]
 
 
-class MaskEmbed(nn.Module):
-    """Mask logits (B, 1, 4e, 4e) -> dense prompt (B, C, e, e)."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 4, 2, 2)
-        self.layer_norm1 = LayerNorm2d(4, eps=1e-6)
-        self.conv2 = nn.Conv2d(4, 16, 2, 2)
-        self.layer_norm2 = LayerNorm2d(16, eps=1e-6)
-        self.conv3 = nn.Conv2d(16, channels, 1)
-
-    def forward(self, masks):
-        x = F.gelu(self.layer_norm1(self.conv1(masks)))
-        x = F.gelu(self.layer_norm2(self.conv2(x)))
-        return self.conv3(x)
-
-
 class PromptEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.image = config.image
         self.e = config.image // config.patch
-        self.mask_embed = MaskEmbed(config.prompt)
+        self.mask_embed = nn.Sequential(OrderedDict(                # mask logits -> dense prompt
+            conv1=nn.Conv2d(1, 4, 2, 2), layer_norm1=LayerNorm2d(4, eps=1e-6), gelu1=nn.GELU(),
+            conv2=nn.Conv2d(4, 16, 2, 2), layer_norm2=LayerNorm2d(16, eps=1e-6), gelu2=nn.GELU(),
+            conv3=nn.Conv2d(16, config.prompt, 1)))
         self.no_mask_embed = nn.Embedding(1, config.prompt)
         self.not_a_point_embed = nn.Embedding(1, config.prompt)
         # Learned embeddings of: background point, foreground point, first and second corner of a box.
@@ -340,7 +329,7 @@ class TwoWayTransformer(nn.Module):
         self.layer_norm_final_attn = nn.LayerNorm(config.prompt, eps=1e-5)       # as published
 
     def forward(self, token_pos, image, image_pos):
-        tokens = token_pos                           # the first tokens are also the positions
+        tokens = token_pos                           # a token's position is its own initial value
         for layer in self.layers:
             tokens, image = layer(tokens, image, token_pos, image_pos)
         tokens = tokens + self.final_attn_token_to_image(tokens + token_pos, image + image_pos, image)
@@ -388,6 +377,7 @@ class MaskDecoder(nn.Module):
         x = self.upscale_conv1(image.transpose(1, 2).unflatten(2, (e, e)))
         x = F.gelu(self.upscale_layer_norm(x))
         x = F.gelu(self.upscale_conv2(x))                                       # (B, C / 8, 4e, 4e)
+        # Each mask token becomes the weights of a 1 x 1 convolution over x, which gives one mask.
         weights = [mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)]
         masks = (torch.stack(weights, 1) @ x.flatten(2)).unflatten(2, x.shape[2:])
         iou = self.iou_prediction_head(tokens[:, 0])
@@ -458,7 +448,7 @@ def read_state(path):
 
 
 def copy_tensors(source, target, path):
-    """Copy {name: tensor} `source`, read from `path`, into `target`, {name: tensor to overwrite}. Raises
+    """Copy the tensors of `source`, read from `path`, into those of the same names in `target`. Raises
     ValueError naming each tensor that does not fit."""
     found = {key: list(tensor.shape) for key, tensor in source.items()}
     expected = {key: list(tensor.shape) for key, tensor in target.items()}

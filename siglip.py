@@ -1,10 +1,10 @@
-"""SigLIP (Zhai et al. 2023, arXiv:2303.15343): an image tower and a text tower with one feature space.
+"""SigLIP (Zhai et al. 2023, arXiv:2303.15343): an image tower and a text tower, trained to agree.
 
-Checked against transformers' SiglipModel. Modules are named as the tensors of the published weights,
-google/siglip-so400m-patch14-384. Left out: the pooling head of the vision tower (segmentation needs the
-feature map, not one vector) and the contrastive loss. Needs torch and safetensors.
+Checked against transformers' SiglipModel, on phrases without padding. Modules are named as the tensors
+of google/siglip-so400m-patch14-384. Left out: the pooling head of the vision tower (segmentation needs
+the feature map, not one vector) and the contrastive loss. Needs torch and safetensors.
 
-B batch, L text tokens (EOS included), N image patches, D width, g patches per side, H W pixels.
+B images or phrases, L text tokens (EOS included), D width, g patches per side, P = g * g, H W pixels.
 """
 import math
 import string
@@ -35,7 +35,7 @@ class SigLIPConfig:
 
 
 CONFIGS = {
-    "so400m": SigLIPConfig(1152, 27, 16, 4304, 384, 14, 32000),
+    "so400m": SigLIPConfig(width=1152, layers=27, heads=16, mlp=4304, image=384, patch=14, vocab=32000),
     # Untrained towers learn faster with a convolution stem and a cosine scale of exp(2.3) = 10.
     "tiny": SigLIPConfig(64, 3, 2, 192, 96, 8, 128, stem=(24, 48), logit_scale=2.3),
 }
@@ -58,9 +58,9 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         if x.is_cuda or mask is not None:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        else:             # the same: on a CPU faster, as the scores of a few heads stay in the cache
+        else:              # the same, faster on a CPU: the scores of four heads stay in its cache
             parts = zip((q * q.shape[-1] ** -0.5).split(4, 1), k.split(4, 1), v.split(4, 1))
-            x = torch.cat([(q @ k.transpose(2, 3)).softmax(-1) @ v for q, k, v in parts], 1)
+            x = torch.cat([(a @ b.transpose(2, 3)).softmax(-1) @ c for a, b, c in parts], 1)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -106,7 +106,8 @@ def sincos_position_embedding(g, width):
     """Returns (g * g, width): sines and cosines of row and column, with 1/4 to g/4 periods per side of
     the grid. A better start than noise for a tower without pretraining."""
     position = (torch.arange(g) + 0.5) / g
-    angles = position[:, None] * 2 * torch.pi * 2 ** torch.linspace(-2, math.log2(g / 4), width // 4)
+    periods = 2 ** torch.linspace(-2, math.log2(g / 4), width // 4)
+    angles = 2 * torch.pi * position[:, None] * periods
     axis = torch.cat([angles.sin(), angles.cos()], 1) / 2                      # (g, width / 2)
     return torch.cat([axis.repeat_interleave(g, 0), axis.repeat(g, 1)], 1)     # row, column
 
@@ -131,7 +132,7 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding.weight.data = sincos_position_embedding(g, config.width)
 
     def forward(self, pixels):
-        x = self.patch_embedding(self.stem(pixels)).flatten(2).transpose(1, 2)   # (B, N, D)
+        x = self.patch_embedding(self.stem(pixels)).flatten(2).transpose(1, 2)   # (B, P, D)
         return x + self.position_embedding.weight
 
 
@@ -167,15 +168,15 @@ class TextTower(nn.Module):
         self.head = nn.Linear(config.width, config.width)
 
     def forward(self, ids, mask):
-        attn_mask = mask[:, None, None, :]             # transformers attends to padding too
+        attn_mask = mask[:, None, None, :]             # so that a phrase means the same in any batch
         tokens = self.final_layer_norm(self.encoder(self.embeddings(ids), attn_mask))
-        eos = mask.sum(1) - 1                          # transformers reads s at position 63
+        eos = mask.sum(1) - 1                          # index of each phrase's EOS
         return tokens, self.head(tokens[torch.arange(len(ids), device=ids.device), eos])
 
 
 class SigLIP(nn.Module):
-    """Both towers, with random weights until `load_weights`. `config` is a SigLIPConfig or its name.
-    logit_scale = log(a) and logit_bias = b turn a cosine into a logit, a * cos + b (section 3.2)."""
+    """Both towers, with random weights (tuned for tiny) until `load_weights`. `config` is a SigLIPConfig
+    or its name. logit_scale = log(a) and logit_bias = b turn a cosine into a logit, a * cos + b."""
 
     def __init__(self, config="so400m"):
         super().__init__()
@@ -185,7 +186,7 @@ class SigLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor([self.config.logit_scale]))
         self.logit_bias = nn.Parameter(torch.zeros(1))
         for layer in [*self.text_model.encoder.layers, *self.vision_model.encoder.layers]:
-            for linear in (layer.self_attn.out_proj, layer.mlp.fc2):     # start near the identity
+            for linear in (layer.self_attn.out_proj, layer.mlp.fc2):     # small residual branches
                 nn.init.normal_(linear.weight, std=0.2 * linear.in_features ** -0.5)
 
     def encode_image(self, images):
@@ -221,7 +222,7 @@ def tokenize(tokenizer, phrases):
 
 
 def out_of_vocabulary(tokenizer, phrases):
-    """Returns the words that map to <unk>. SigLIP's tokenizer spells unknown words in bytes instead."""
+    """Returns the words that map to <unk>: none with SigLIP's tokenizer, which spells them in bytes."""
     words = {word for phrase in phrases for word in canonical(phrase).split()}
     return sorted(word for word in words if "<unk>" in tokenizer.encode(word).tokens)
 

@@ -1,4 +1,4 @@
-"""Train RSRefSeg. `main`, at the end, is the paper's recipe; each function does one step of it.
+"""Train RSRefSeg. The defaults are the paper's recipe; `main`, at the end, runs it step by step.
 
     python train.py --sam tiny                     draws its data, needs no download, runs in minutes
     python train.py --sam b                        downloads the pretrained towers once
@@ -43,7 +43,7 @@ from sam import CONFIGS, copy_tensors, read_state
 TINY = dict(lora_rank=0, epochs=5, batch_size=8, total_batch=8, phrases=4, lr=1e-3, warmup_epochs=0.25,
             clip=1.0, loss="bce+dice", map_loss=1.0, workers=0)
 
-# What may differ when a run is resumed. Data may move, but run_config compares its rows.
+# What may differ when a run is resumed. Data may move: run_config compares the samples, not the path.
 MAY_CHANGE = ("data", "dataset", "out", "siglip", "sam_weights", "init", "resume", "device",
               "checkpoint_activations", "workers", "save_every")
 
@@ -104,9 +104,9 @@ def parse_args(argv=None):
 def learning_rate(step, steps_per_epoch, args):
     """Linear from 0.01 lr to lr over the warm-up, then cosine to 0.001 lr at the end.
 
-    The released code lowers the rate once per epoch, along a cosine of 200 epochs that is cut off after
-    195. To imitate it, round `step` down to whole epochs here, and stop a run of --epochs 205 after
-    epoch 200.
+    The released code lowers the rate once per epoch, along a cosine of 200 epochs that begins after the
+    5 of warm-up, and stops after 200 in all. To imitate it, round `step` down to whole epochs after the
+    warm-up here, and stop a run of --epochs 205 after epoch 200.
     """
     warmup = args.warmup_epochs * steps_per_epoch
     total = args.epochs * steps_per_epoch
@@ -162,6 +162,7 @@ def batches(dataset, args, step, steps_per_epoch):
         generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
         order = torch.randperm(len(dataset), generator=generator)
         order = order[done * args.total_batch:steps_per_epoch * args.total_batch]
+        # (micro-batches, processes, batch_size): this process takes its column.
         indices = order.view(-1, world_size, args.batch_size)[:, rank].flatten().tolist()
         # A separate generator: the loader must not advance the random numbers that dropout uses.
         yield from DataLoader(dataset, args.batch_size, sampler=indices, collate_fn=collate,
@@ -185,8 +186,8 @@ def initial_model(args):
     elif args.sam == "tiny":
         model = RSRefSeg(**settings, tokenizer=toy_tokenizer())
     else:
-        model = RSRefSeg(**settings, dtype=dtype, init=False)
-        model.load_backbones(args.siglip, args.sam_weights)
+        sources = dict(siglip=args.siglip, sam_weights=args.sam_weights)
+        model = RSRefSeg.from_pretrained(**sources, **settings, dtype=dtype)
     for module in model.modules():
         if hasattr(module, "checkpoint_activations"):
             module.checkpoint_activations = args.checkpoint_activations
@@ -196,8 +197,9 @@ def initial_model(args):
 def run_config(args, model, refs):
     """Returns what a resumed run must share with its first part: recipe, data and frozen weights."""
     config = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    config.update(model.settings)
+    config.update(model.settings, backbones=sorted(model.backbones))
     rows = [(ref.ref_id, ref.image.name, ref.phrase) for ref in refs]
+    # One number of each frozen tensor is enough to tell other weights.
     frozen = [p.flatten()[-1].item() for p in model.parameters() if not p.requires_grad]
     config["training_rows"] = hashlib.sha1(json.dumps(rows).encode()).hexdigest()
     config["frozen_weights"] = hashlib.sha1(json.dumps(frozen).encode()).hexdigest()
@@ -243,7 +245,7 @@ def training_step(step, model, ddp_model, loader, optimizer, scaler, args):
         images = batch["images"].to(model.device, non_blocking=True)
         masks = batch["masks"].to(model.device, non_blocking=True)
         ids, token_mask = model.tokenize([ref.phrase for ref in batch["refs"]])
-        intermediates = {}             # forward fills it, also through DistributedDataParallel
+        intermediates = {}                       # forward fills it; DistributedDataParallel passes it on
         last = i == accumulate - 1
         # Several processes all-reduce their gradients only with the last micro-batch.
         with nullcontext() if last or ddp_model is model else ddp_model.no_sync():
@@ -257,10 +259,10 @@ def training_step(step, model, ddp_model, loader, optimizer, scaler, args):
             scaler.scale(loss / accumulate).backward()
         mean_loss += loss.detach() / accumulate
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()   # inf: no clip
     loss = mean_loss.item()
-    # With fp16, GradScaler skips a step whose gradients overflow.
-    if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):
+    # With fp16, GradScaler skips a step whose gradients overflow: then only the loss counts.
+    if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
         raise ValueError(f"step {step}: loss {loss}, gradient {norm}, samples {samples}; resume.pt is "
                          "intact. Try a lower --lr, --clip 1, or --init with an earlier checkpoint.")
     scaler.step(optimizer)
@@ -290,7 +292,7 @@ def log_step(args, step, total_steps, loss, lr, norm, seconds):
 def validate(model, val_set, step, best, args):
     """Score val, write the checkpoints and a picture of five samples. Returns the best gIoU so far."""
     if dist.is_initialized():
-        for buffer in model.buffers():                # BatchNorm's statistics of rank 0 count
+        for buffer in model.buffers():     # without SyncBatchNorm rank 0's BatchNorm statistics count
             dist.broadcast(buffer, 0)
     rows = evaluate(model, val_set, args.batch_size, args.amp, args.workers)
     result = scores(rows)
@@ -351,7 +353,7 @@ def main(argv=None):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: received.append(number))
 
-    # The paper's recipe
+    # The loop
     loader = batches(train_set, args, progress["step"], steps_per_epoch)
     bar = tqdm(total=total_steps, initial=progress["step"], desc="training", disable=rank > 0)
     model.train()
