@@ -118,7 +118,6 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(B, n * n, 3, self.heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                               # (B, heads, n * n, d)
 
-        # The terms of the bias, see attend_row.
         position = torch.arange(n, device=x.device)
         offset = position[:, None] - position + n - 1                   # (n, n), 0 to 2n - 2
         grid = q.unflatten(2, (n, n))
