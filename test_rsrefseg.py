@@ -3,11 +3,7 @@ full size and more ways to stop a run. In order: formulas and files; parity with
 in outputs and gradients; training and the other commands; full size, which is two commands too:
 
     python test_rsrefseg.py parity b [l]
-    python test_rsrefseg.py bench b infer|train bf16 [--batch N] [--phrases N] [--device cuda]
-                                                     [--checkpoint-activations]
-
-RSREFSEG_TOKENIZER may name SigLIP's real tokenizer.json, for golden token ids; RSREFSEG_OFFICIAL_KEYS a
-folder with official_keys_{b,l}.tsv, the names and shapes in the released code's checkpoints.
+    python test_rsrefseg.py bench b infer|train bf16          (--help lists its flags)
 """
 import argparse
 import copy
@@ -82,8 +78,7 @@ def small_model(lora_rank=4, **settings):
     return fill(RSRefSeg("small", lora_rank, **settings))
 
 
-def meta_model(size):
-    """A model at full size without memory, on torch's meta device."""
+def meta_model(size):                                                 # at full size without memory
     return RSRefSeg(size, init=False).to("meta")
 
 
@@ -668,8 +663,8 @@ def test_check_lists_every_defect(toy, tmp_path, capsys):
     Image.open(images / "00003.jpg").resize((256, 257)).save(images / "00003.jpg")
     with pytest.raises(ValueError, match="training would fail: 10 bad rows"):
         call(data.main, "check", tmp_path)
-    kinds = "empty|run lengths|cannot read|no such|another size"
-    found = re.findall(rf"(error|warning): train, ref_id (\d+): .*({kinds})", capsys.readouterr().out)
+    pattern = r"(\w+): train, ref_id (\d+): .*(empty|run lengths|cannot read|no such|another size)"
+    found = re.findall(pattern, capsys.readouterr().out)
     expected = [("error", 0, "empty"), ("error", 1, "run lengths"), ("warning", 2, "empty")]
     expected += [("error", i, "cannot read" if i < 8 else "no such") for i in range(4, 12)]
     expected += [("warning", i, "another size") for i in range(12, 16)]
@@ -810,10 +805,9 @@ def test_sam_parity(kinds):
 @pytest.mark.parametrize("cuda", [True, False])
 @pytest.mark.parametrize("n", [5, 33])
 def test_relative_position_is_the_bias_it_stands_for(n, cuda, monkeypatch):
-    """In each of the forms that devices and grids get: a window, a grid by rows, and the fused call."""
+    """Windows, large grids by rows, and the fused call, beside the N x N bias written out in float64."""
     model = fill(sam.Attention(32, 2, n)).double()
     x = torch.randn(2, n, n, 32, dtype=torch.float64)
-    # The plain form: an N x N bias q.Rh + q.Rw, written out in float64.
     q, k, v = model.qkv(x).reshape(2, n * n, 3, 2, 16).permute(2, 0, 3, 1, 4)
     position = torch.cartesian_prod(torch.arange(n), torch.arange(n))           # (n * n, 2): row, column
     offset = position[:, None] - position + n - 1                               # (n * n, n * n, 2)
@@ -978,7 +972,6 @@ def trained(toy, tmp_path_factory):
 
 
 def log_rows(folder, kind):
-    """{step: its last record}."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return {row["step"]: row for row in rows if row["kind"] == kind}
 
@@ -996,7 +989,6 @@ def assert_same_run(a, b):
 
 
 def keep_rows(root, rows):
-    """Delete the other rows of a toy set."""
     lines = (root / "phrases.jsonl").read_text().splitlines()
     (root / "phrases.jsonl").write_text("\n".join(lines[rows]))
 
@@ -1033,8 +1025,7 @@ def test_a_broken_run_resumes_to_the_bit(toy, trained, tmp_path, monkeypatch):
             call(train.main, *arguments, *flags)
 
 
-def small_arguments(toy, folder):
-    """Flags of a LoRA run from the files of the fixture `small`: nine steps of two micro-batches."""
+def small_arguments(toy, folder):                  # from the files of `small`: nine steps of two batches
     return ["--sam", "small", "--data", toy, "--siglip", folder / "siglip", "--phrases", 4, "--lr", 1e-3,
             "--sam-weights", folder / "sam", "--batch-size", 4, "--total-batch", 8, "--epochs", 3,
             "--warmup-epochs", 1, "--workers", 1]
@@ -1407,5 +1398,3 @@ if __name__ == "__main__":
         parity_command(sys.argv[2:])
     elif sys.argv[1:2] == ["bench"]:
         bench_command(sys.argv[2:])
-    else:
-        sys.exit(pytest.main([__file__, "-s", *sys.argv[1:]]))
