@@ -87,7 +87,7 @@ def base_state_dict(model):
 
 
 def trainable_state_dict(model):
-    """Returns what training changes, the trainable parameters, and the buffers."""
+    """Returns the trainable parameters and all buffers: what training can change."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     return {key: tensor for key, tensor in model.state_dict().items() if key not in frozen}
 

@@ -107,7 +107,7 @@ class RSRefSeg(nn.Module):
     """The whole model, with random weights until some are loaded. `sam` is the size: b, l, h or tiny.
     The defaults are the paper's model; text_lora, down_blocks, prompts and text are its ablations.
 
-    lora_rank > 0 freezes the towers and adapts them, 0 trains them whole; what else is used is trained.
+    lora_rank > 0 freezes the towers and adapts them, 0 trains them whole. All else in use is trained.
     `dtype` is the type of the towers' frozen Linear weights. In the autocast type they take half the
     memory and need no casts, but then the model runs only under autocast.
     `init=False` skips random initialisation: load weights before use.
@@ -222,7 +222,7 @@ class RSRefSeg(nn.Module):
 
         The model sees the whole image, resized. `tile`, for small objects in large scenes, makes it see
         overlapping windows of tile x tile pixels, whose logits are blended. "Left" then means left in a
-        window. `intermediates` receives those of the last window. Under autocast if `dtype` needs it.
+        window. `intermediates` receives those of the last window. Needs autocast unless `dtype` is fp32.
         """
         image = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
         ids, token_mask = self.tokenize([phrases] if isinstance(phrases, str) else phrases)

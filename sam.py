@@ -80,7 +80,7 @@ def window_partition(x, n):
 
 
 def window_unpartition(windows, H, W):
-    """(B * windows, n, n, D) -> (B, H, W, D), the padding removed."""
+    """(B * rows * columns, n, n, D) -> (B, H, W, D), the padding removed."""
     n = windows.shape[1]
     x = windows.unflatten(0, (-1, math.ceil(H / n), math.ceil(W / n)))
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :H, :W]

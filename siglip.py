@@ -37,7 +37,7 @@ class SigLIPConfig:
 CONFIGS = {
     "so400m": SigLIPConfig(width=1152, layers=27, heads=16, mlp=4304, image=384, patch=14, vocab=32000),
     # Untrained towers learn faster with a convolution stem and a cosine scale of exp(2.3) = 10.
-    "tiny": SigLIPConfig(64, 3, 2, 192, 96, 8, 128, stem=(24, 48), logit_scale=2.3),
+    "tiny": SigLIPConfig(64, 3, 2, 192, image=96, patch=8, vocab=128, stem=(24, 48), logit_scale=2.3),
 }
 
 

@@ -104,9 +104,9 @@ def parse_args(argv=None):
 def learning_rate(step, steps_per_epoch, args):
     """Linear from 0.01 lr to lr over the warm-up, then cosine to 0.001 lr at the end.
 
-    The released code lowers the rate once per epoch, along a cosine of 200 epochs that begins after the
-    5 of warm-up, and stops after 200 in all. To imitate it, round `step` down to whole epochs after the
-    warm-up here, and stop a run of --epochs 205 after epoch 200.
+    The released code lowers the rate once per epoch, along a cosine from epoch 5 to 205 that is cut off
+    at 200. To imitate it, pass --epochs 205, round `step` down to whole epochs here after the warm-up,
+    and stop the run after epoch 200.
     """
     warmup = args.warmup_epochs * steps_per_epoch
     total = args.epochs * steps_per_epoch
@@ -197,7 +197,7 @@ def initial_model(args):
 def run_config(args, model, refs):
     """Returns what a resumed run must share with its first part: recipe, data and frozen weights."""
     config = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    config.update(model.settings, backbones=sorted(model.backbones))
+    config.update(model.settings, backbones=bool(model.backbones))
     rows = [(ref.ref_id, ref.image.name, ref.phrase) for ref in refs]
     # One number of each frozen tensor is enough to tell other weights.
     frozen = [p.flatten()[-1].item() for p in model.parameters() if not p.requires_grad]
@@ -234,7 +234,7 @@ def load_state(args, config, model, optimizer, scaler):
 
 def training_step(step, model, ddp_model, loader, optimizer, scaler, args):
     """One optimizer step on total_batch images. Returns this process's loss and the gradient norm.
-    Raises ValueError, before the weights change, if one of them is not finite."""
+    Raises ValueError, before the weights change, if either is not finite."""
     accumulate = args.total_batch // (args.batch_size * rank_and_world_size()[1])
     dice = args.loss == "bce+dice"
     mean_loss = torch.zeros((), device=model.device)
