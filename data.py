@@ -14,7 +14,6 @@ Shapes: B images, k phrases per image, N = B k, S side of the model's input, H W
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import re
@@ -22,9 +21,7 @@ import shutil
 import signal
 import sys
 import textwrap
-import zipfile
 from collections import Counter, namedtuple
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,10 +48,8 @@ def to_rgb(image):
     their 98th percentile; those that are not finite, or "no data" in a GeoTIFF, become black."""
     if image.mode.startswith(("I", "F")):
         values = np.array(image, dtype=np.float32)
-        valid = np.isfinite(values)
-        no_data = getattr(image, "tag_v2", {}).get(42113)  # GDAL_NODATA, a string
-        if no_data:
-            valid &= values != np.float32(no_data.strip(" \0"))
+        no_data = getattr(image, "tag_v2", {}).get(42113, "nan")  # GDAL_NODATA, a string
+        valid = np.isfinite(values) & (values != np.float32(no_data.strip(" \0")))
         low, high = np.percentile(values[valid], (2, 98)) if valid.any() else (0, 1)
         if low == high and valid.any():  # nearly all pixels have one value: a scene at night, radar
             low, high = values[valid].min(), values[valid].max()
@@ -77,6 +72,12 @@ def read_image(path, convert=to_rgb):
 def image_tensor(image, side):
     """RGB PIL image -> (3, side, side) uint8, bilinear. The aspect ratio is not kept."""
     return torch.from_numpy(np.array(image.resize((side, side), Image.BILINEAR))).permute(2, 0, 1)
+
+
+def tile_starts(length, tile):
+    """Returns where windows start along one side, so that neighbours overlap by at least half."""
+    steps = math.ceil(2 * (length - tile) / tile)
+    return [round(i * (length - tile) / max(1, steps)) for i in range(steps + 1)]
 
 
 def resize_mask(mask, height, width):
@@ -159,8 +160,9 @@ FORMATS = {  # name -> what identifies it, tried in this order; its reader; its 
     "own": ("phrases.jsonl", read_own, "-"),
     "risbench": ("img_rgb", read_risbench, "train 26,300, val 10,013, test 16,159"),
     "refsegrs": ("output_phrase_train.txt", read_refsegrs, "train 2,172, val 431, test 1,817")}
-HUB = {"rrsisd": ("VoyageWang/rrsis-d", "images/rrsisd/JPEGImages"),  # repository, where its zip goes
-       "refsegrs": ("JessicaYuan/RefSegRS", "")}
+HUB = {  # repository, where its zip goes, a file at the top of the zip
+    "rrsisd": ("VoyageWang/rrsis-d", "images/rrsisd/JPEGImages", "*.jpg"),
+    "refsegrs": ("JessicaYuan/RefSegRS", "", "output_phrase_train.txt")}
 
 
 def read_refs(root, dataset=None):
@@ -202,25 +204,21 @@ def read_mask(ref):
 
 class RefSegDataset(Dataset):
     """One split of a data set. An item is a dict of one image with k = `phrases` of its phrases: image
-    (3, S, S) uint8, masks (k, 1, S, S) bool, originals: k masks (H, W) bool of the image's own size, and
-    refs: k rows. With k = 1, as in the paper, every phrase is an item. With k > 1 an image's phrases are
-    dealt out k at a time, the last group filled up from the first. `cache` keeps items, without
-    originals. Raises ValueError if a file is missing or a phrase or the split is empty."""
+    (3, S, S) uint8, size (H, W) of its file, masks (k, 1, S, S) bool, and refs, k rows. With k = 1, as
+    in the paper, every phrase is an item. With k > 1 an image's phrases are dealt out k at a time, the
+    last group filled up from the first. Raises ValueError for missing files, phrases or splits."""
 
-    def __init__(self, root, split, side, phrases=1, cache=False, dataset=None):
+    def __init__(self, root, split, side, phrases=1, dataset=None):
         self.split = split
         self.side = side
-        self.cache = {} if cache else None
         self.refs = [ref for ref in read_refs(root, dataset)[1] if ref.split == split]
         problems = [f"the phrase of ref_id {ref.ref_id} ({ref.image.name}) is empty"
                     for ref in self.refs if not re.search(r"[^\W_]", ref.phrase)]
         files = {path for ref in self.refs for path in (ref.image, ref.mask) if isinstance(path, Path)}
         problems += [f"{path} is missing" for path in sorted(files) if not path.is_file()]
-        if not self.refs:
-            raise ValueError(f"{root} has no phrases in its {split!r} split.")
-        if problems:
-            raise ValueError(f"{root}, {split}: {len(problems)} problems: {', '.join(problems[:5])}. "
-                             "Correct them or remove the rows.")
+        if problems or not self.refs:
+            raise ValueError(f"the {split} split of {root} has {len(self.refs)} phrases, {len(problems)} "
+                             f"problems. Correct its lists and files: {', '.join(problems[:5])}")
         groups = {}
         for i, ref in enumerate(self.refs):
             groups.setdefault(ref.image if phrases > 1 else i, []).append(ref)
@@ -231,18 +229,11 @@ class RefSegDataset(Dataset):
         return len(self.items)
 
     def __getitem__(self, index):
-        if self.cache is not None and index in self.cache:
-            return self.cache[index]
         refs = self.items[index]
         image = read_image(refs[0].image)
-        # Two masks of RRSIS-D differ in size from their image.
-        originals = [resize_mask(read_mask(ref), image.height, image.width) for ref in refs]
-        masks = np.stack([resize_mask(mask, self.side, self.side) for mask in originals])
-        item = dict(image=image_tensor(image, self.side), masks=torch.from_numpy(masks)[:, None],
-                    originals=originals, refs=refs)
-        if self.cache is not None:
-            self.cache[index] = dict(item, originals=None)
-        return item
+        masks = np.stack([resize_mask(read_mask(ref), self.side, self.side) for ref in refs])
+        return dict(image=image_tensor(image, self.side), size=(image.height, image.width),
+                    masks=torch.from_numpy(masks)[:, None], refs=refs)
 
     def __str__(self):
         images = {ref.image for ref in self.refs}
@@ -250,58 +241,44 @@ class RefSegDataset(Dataset):
 
 
 def collate(items):
-    """Items -> images (B, 3, S, S) uint8, masks (N, 1, S, S) bool, originals (none if cached), refs."""
+    """Items -> images (B, 3, S, S) uint8, sizes, masks (N, 1, S, S) bool, refs."""
     return dict(images=torch.stack([item["image"] for item in items]),
+                sizes=[item["size"] for item in items],
                 masks=torch.cat([item["masks"] for item in items]),
-                originals=[mask for item in items for mask in item["originals"] or []],
                 refs=[ref for item in items for ref in item["refs"]])
 
 
 # ----------------------------------------------------------------------------- check, download, pictures
 
-def map_in_processes(function, items, title):
-    if len(items) < 500:                  # fewer take less time than starting processes
-        return [function(item) for item in tqdm(items, title)]
-    # "spawn", because a fork of a process that uses CUDA or NCCL can hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(8, os.cpu_count()), mp_context=context) as pool:
-        return list(tqdm(pool.map(function, items, chunksize=8), title, len(items)))
-
-
 def check_row(ref):
-    """Open a row's image and mask. Returns its defects [(what, whether training would fail)]."""
+    """Open a row's image and mask. Returns a line per defect; with an "error" training would fail."""
+    row = f"{ref.split}, ref_id {ref.ref_id}, {ref.image.name}"
     defects = []
     if not re.search(r"[^\W_]", ref.phrase):
-        defects.append((f"{ref.image.name}: the phrase {ref.phrase!r} is empty", True))
+        defects.append(f"error: {row}: the phrase {ref.phrase!r} is empty")
     try:
         image = read_image(ref.image)
         mask = read_mask(ref)
     except (OSError, ValueError) as error:
-        return defects + [(str(error), True)]
+        return [*defects, f"error: {row}: {error}"]
     if mask.shape != (image.height, image.width):
-        defects.append((f"{ref.image.name}: the mask has another size than the image", False))
+        defects.append(f"warning: {row}: the mask has another size than the image")
     if not mask.any():
-        defects.append((f"{ref.image.name}: the mask is empty", False))
+        defects.append(f"warning: {row}: the mask is empty")
     return defects
 
 
 def check(root, dataset=None):
-    """Open every image and mask of a data set, print its size and its defects, write both to
-    ROOT/check.json {dataset, phrases: {split: count}, defects: [{ref_id, split, what, fatal}]} and
-    samples to ROOT/check.jpg. Raises ValueError at the end if training would fail."""
+    """Open every image and mask of a data set, print its size and its defects, and write samples to
+    ROOT/check.jpg. Raises ValueError at the end if training would fail."""
     root = Path(root)
     dataset, refs = read_refs(root, dataset)
-    found = map_in_processes(check_row, refs, f"checking {root}")
-    defects = [dict(ref_id=ref.ref_id, split=ref.split, what=what, fatal=fatal)
-               for ref, pairs in zip(refs, found) for what, fatal in pairs]
+    found = [check_row(ref) for ref in tqdm(refs, f"checking {root}")]
     counts = dict(Counter(ref.split for ref in refs))
     print(f"{dataset}: {counts} phrases. Published: {FORMATS[dataset][2]}")
-    for defect in defects:
-        kind = "error" if defect["fatal"] else "warning"
-        print(f"{kind}: {defect['split']}, ref_id {defect['ref_id']}: {defect['what']}")
-    report = dict(dataset=dataset, phrases=counts, defects=defects)
-    (root / "check.json").write_text(json.dumps(report, indent=1))
-    good = [ref for ref, pairs in zip(refs, found) if not any(fatal for _, fatal in pairs)]
+    for defect in sum(found, []):
+        print(defect)
+    good = [ref for ref, defects in zip(refs, found) if not any(d.startswith("error") for d in defects)]
     cells = []
     for ref in good[::len(good) // 12 + 1]:  # up to 12
         image = read_image(ref.image).resize((300, 300))
@@ -309,7 +286,7 @@ def check(root, dataset=None):
         cells.append((f"{ref.split}: {ref.phrase}", picture))
     if cells:
         contact_sheet(cells, 4, 300).save(root / "check.jpg", quality=90)
-    print(f"wrote {root}/check.json and {root}/check.jpg")
+    print(f"wrote {root}/check.jpg")
     if len(good) < len(refs) or len(counts) < 3:
         raise ValueError(f"training would fail: {len(refs) - len(good)} bad rows, phrases {counts}.")
 
@@ -317,31 +294,21 @@ def check(root, dataset=None):
 def download(dataset, root):
     """Fetch a data set from the Hugging Face hub and unpack it into ROOT. Raises OSError."""
     from huggingface_hub import snapshot_download  # reads HF_ENDPOINT when it is imported
-    repository, images = HUB[dataset]
+    repository, images, marker = HUB[dataset]
     lists = Path(root) / "rrsisd"
     patterns = ["*JPEGImages.zip", "*instances.json", "*refs(unc).p", "*RefSegRS.zip"]
-    try:
-        folder = snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
-        for path in [path for pattern in patterns for path in Path(folder).rglob(pattern)]:
-            if path.suffix == ".zip":
-                unpack(path, Path(root) / images)
-            else:
-                lists.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, lists)
-    except Exception as error:  # the hub's client and zipfile raise their own classes
-        raise OSError(f"cannot download {repository}: {error!r}. Try again, with an empty cache if a "
-                      "file is damaged.") from error
-
-
-def unpack(path, folder):
-    """Extract a zip into `folder`, without the zip's own folders above the first image or list."""
-    with zipfile.ZipFile(path) as archive:
-        first = next(n for n in archive.namelist() if n.endswith((".jpg", "phrase_train.txt")))
-        top = first[:first.rfind("/") + 1]
-        for member in tqdm(archive.infolist(), f"unpacking {path.name}"):
-            if member.filename.startswith(top) and not member.is_dir():
-                member.filename = member.filename.removeprefix(top)
-                archive.extract(member, folder)
+    folder = snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
+    for path in [path for pattern in patterns for path in Path(folder).rglob(pattern)]:
+        if path.suffix == ".zip":
+            print(f"unpacking {path}")
+            temporary = Path(root) / "unpacked"
+            shutil.unpack_archive(path, temporary)
+            top = next(temporary.rglob(marker)).parent  # whatever folders the zip has above it
+            shutil.copytree(top, Path(root) / images, copy_function=shutil.move, dirs_exist_ok=True)
+            shutil.rmtree(temporary)
+        else:
+            lists.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, lists)
 
 
 def overlay(image, mask, colour=(255, 40, 40)):
@@ -354,7 +321,8 @@ def overlay(image, mask, colour=(255, 40, 40)):
 
 
 def heatmap(image, values, side):
-    """RGB PIL image, values (h, w) -> the image (side, side), bright where the values are high."""
+    """RGB PIL image, tensor (h, w) -> the image (side, side), bright where the values are high."""
+    values = values.cpu().numpy()
     values = (values - values.min()) / max(np.ptp(values), 1e-9)
     light = Image.fromarray((255 * values).astype(np.uint8))
     image = image.resize((side, side))
@@ -447,23 +415,20 @@ def place_objects(rng, terrain):
     """Return up to five objects of three categories, ships on water, others on land, none near another.
     x and y are in [0, 1]. The squares of the terrain (SCENE, SCENE) that they cover become TAKEN."""
     categories = rng.permutation(list(OBJECTS))[:3]
+    tries = zip(rng.choice(categories, 60), rng.choice(list(SIZES), 60), rng.random((60, 4)))
     objects = []
-    for _ in range(60):
-        item = SimpleNamespace(category=str(rng.choice(categories)))
-        item.colour = str(rng.choice(OBJECTS[item.category][1].split()))
-        item.size = str(rng.choice(list(SIZES)))
-        reach = 0.58 * SIZES[item.size]  # from the centre to the farthest corner
-        item.x, item.y = rng.uniform(reach, 1 - reach, 2)
-        left, right = (np.array((item.x - reach, item.x + reach)) * SCENE).astype(int)
-        top, bottom = (np.array((item.y - reach, item.y + reach)) * SCENE).astype(int)
-        area = terrain[top:bottom, left:right]
+    for category, size, (colour, x, y, turn) in tries:
+        colours = OBJECTS[category][1].split()
+        reach = 0.58 * SIZES[size]  # from the centre to the farthest corner
+        item = SimpleNamespace(category=str(category), size=str(size), angle=2 * math.pi * turn,
+                               colour=colours[int(colour * len(colours))],
+                               x=reach + (1 - 2 * reach) * x, y=reach + (1 - 2 * reach) * y)
+        area = terrain[int((item.y - reach) * SCENE):int((item.y + reach) * SCENE),
+                       int((item.x - reach) * SCENE):int((item.x + reach) * SCENE)]
         free = area == WATER if item.category == "ship" else area <= BUSH
-        if free.all():
+        if free.all() and len(objects) < 5:
             area[:] = TAKEN
-            item.angle = rng.uniform(0, 2 * math.pi)
             objects.append(item)
-        if len(objects) == 5:
-            break
     return objects
 
 
@@ -480,7 +445,6 @@ PLACES = {
     "on the lower left": (lambda item: max(item.x, 1 - item.y), 0.4, 0.52),
     "on the lower right": (lambda item: max(1 - item.x, 1 - item.y), 0.4, 0.52)}
 DIRECTIONS = ("right", "lower right", "bottom", "lower left", "left", "upper left", "top", "upper right")
-PHRASE_TYPES = {"attribute": 0.38, "place": 0.34, "relation": 0.28}  # probabilities
 
 
 def angle_to(anchor, direction, target):
@@ -499,27 +463,24 @@ def name_object(objects, target, attributes):
 
 def choose_phrase(rng, objects, target):
     """Return a phrase that is true of the target and clearly of no other object, or None."""
-    spots = [("place", place, *limits) for place, limits in PLACES.items()]
+    spots = [(place, *limits) for place, limits in PLACES.items()]
     for anchor in objects:
         for attributes in ((), ("colour",)):
             name, distractors = name_object(objects, anchor, attributes)
             if anchor.category != target.category and not distractors:
-                spots += [("relation", f"on the {direction} of the {name}",
-                           partial(angle_to, anchor, direction), 20, 50) for direction in DIRECTIONS]
-    found = {kind: [] for kind in PHRASE_TYPES}
+                spots += [(f"on the {direction} of the {name}", partial(angle_to, anchor, direction),
+                           20, 50) for direction in DIRECTIONS]
+    found = []
     for attributes in ((), ("colour",), ("size",), ("size", "colour")):
         name, distractors = name_object(objects, target, attributes)
         if not distractors:
-            found["attribute"].append(name)
-        for kind, spot, distance, inner, outer in spots:
+            found.append(name)
+        for spot, distance, inner, outer in spots:
             if distance(target) < inner and all(distance(other) > outer for other in distractors):
-                found[kind].append(f"{name} {spot}")
-    kinds = [kind for kind in found if found[kind]]
-    if not kinds:
+                found.append(f"{name} {spot}")
+    if not found:
         return None
-    weights = np.array([PHRASE_TYPES[kind] for kind in kinds])
-    kind = rng.choice(kinds, p=weights / weights.sum())
-    phrase = min(rng.choice(found[kind], 3), key=len)  # short ones more often
+    phrase = min(rng.choice(found, 3), key=len)  # short ones more often
     article = rng.choice(["The", "An" if phrase.startswith("a") else "A"])
     return f"{article} {phrase}"
 
@@ -569,20 +530,6 @@ def toy_scene(seed, index):
     return image, [rows[i] for i in rng.permutation(len(rows))[:4]]
 
 
-def save_scene(job):
-    """Write a scene's image and masks. Returns its rows of phrases.jsonl."""
-    root, seed, index, split = job
-    image, phrases = toy_scene(seed, index)
-    name = f"{index:05d}.jpg"
-    image.save(root / "images" / name, quality=95)
-    rows = []
-    for number, (item, phrase) in enumerate(phrases):
-        mask = f"{index:05d}_{number}.png"
-        Image.fromarray(item.mask).save(root / "masks" / mask)
-        rows.append(dict(image=name, mask=mask, phrase=phrase, split=split, category=item.category))
-    return rows
-
-
 def write_toy(root, train=3000, val=100, test=320, seed=0):
     """Draw a toy data set into a folder. Raises ValueError if it already holds one."""
     root = Path(root)
@@ -591,11 +538,18 @@ def write_toy(root, train=3000, val=100, test=320, seed=0):
     for folder in ("images", "masks"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     splits = ["train"] * train + ["val"] * val + ["test"] * test
-    jobs = [(root, seed, index, split) for index, split in enumerate(splits)]
-    scenes = map_in_processes(save_scene, jobs, f"drawing {root}")
-    temporary = root / "phrases.tmp"  # renamed when complete: phrases.jsonl marks a complete data set
-    temporary.write_text("\n".join(json.dumps(row) for rows in scenes for row in rows))
-    temporary.replace(root / "phrases.jsonl")
+    lines = []
+    for index, split in enumerate(tqdm(splits, f"drawing {root}")):
+        image, phrases = toy_scene(seed, index)
+        name = f"{index:05d}.jpg"
+        image.save(root / "images" / name, quality=95)
+        for number, (item, phrase) in enumerate(phrases):
+            mask = f"{index:05d}_{number}.png"
+            Image.fromarray(item.mask).save(root / "masks" / mask)
+            row = dict(image=name, mask=mask, phrase=phrase, split=split, category=item.category)
+            lines.append(json.dumps(row))
+    # It marks a complete data set, so it is written last.
+    (root / "phrases.jsonl").write_text("\n".join(lines))
 
 
 # --------------------------------------------------------------------------------------------- commands
@@ -618,13 +572,6 @@ def run(main):
         sys.exit(f"error: {text}")
 
 
-def positive_int(text):
-    """argparse type: an integer of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Check, download or draw a data set.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -636,9 +583,9 @@ def main(argv=None):
     command.add_argument("dir", type=Path)
     command = commands.add_parser("toy", help="draw a toy data set")
     command.add_argument("dir", type=Path)
-    command.add_argument("--train", type=positive_int, default=3000, help="scenes, of four phrases each")
-    command.add_argument("--val", type=positive_int, default=100)
-    command.add_argument("--test", type=positive_int, default=320)
+    command.add_argument("--train", type=int, default=3000, help="scenes, of four phrases each")
+    command.add_argument("--val", type=int, default=100)
+    command.add_argument("--test", type=int, default=320)
     command.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.command == "toy":

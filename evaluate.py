@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import FORMATS, SPLITS, RefSegDataset, collate, worker_init
-from data import contact_sheet, heatmap, overlay, positive_int, read_image, run
+from data import contact_sheet, heatmap, overlay, read_image, read_mask, resize_mask, run
 from rsrefseg import AMP, DEFAULT_AMP, DEVICE, SIGLIP_SIZE
 from rsrefseg import RSRefSeg, autocast, read_checkpoint, resize_logits
+from siglip import canonical
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -74,9 +75,9 @@ def evaluate(model, dataset, batch_size, amp="off", workers=0, shuffle_phrases=F
         given = phrases[len(rows):len(rows) + len(refs)]       # those of this batch
         with autocast(model.device, amp):
             logits = model(batch["images"].to(model.device) / 255, *model.tokenize(given))
-        for ref, phrase, target, logit in zip(refs, given, batch["originals"], logits):
-            mask = resize_logits(logit[None], model.image_size, *target.shape)[0] > 0
-            mask = mask.cpu().numpy()
+        for ref, phrase, size, logit in zip(refs, given, batch["sizes"], logits):
+            mask = resize_logits(logit[None], model.image_size, *size)[0].cpu().numpy() > 0
+            target = resize_mask(read_mask(ref), *size)
             intersection = int((mask & target).sum())
             union = int((mask | target).sum())
             rows.append(dict(ref_id=ref.ref_id, image=str(ref.image), phrase=phrase,
@@ -89,14 +90,12 @@ def evaluate(model, dataset, batch_size, amp="off", workers=0, shuffle_phrases=F
     return rows
 
 
-def format_scores(split, result):
-    """Returns one line. It names the split, without which a score says nothing."""
-    precision = " ".join(f"Pr@{x} {result[f'Pr@{x}']:.1f}" for x in THRESHOLDS)
-    text = f"{split} | gIoU {result['gIoU']:.2f} | cIoU {result['cIoU']:.2f} | {precision}"
-    text += f" | {result['samples']} phrases"
-    if result["both_empty"]:
-        text += f", {result['both_empty']} with empty target and prediction"
-    return text
+def format_record(title, record):
+    """Returns one line, "title | name value | name value"."""
+    parts = [title]
+    for name, value in record.items():
+        parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    return " | ".join(parts)
 
 
 def category_table(rows):
@@ -117,31 +116,42 @@ def best_median_worst(rows):
 
 
 def picture_sheet(model, dataset, rows, indices, side=224):
-    """Returns a contact sheet with a line per sample: image, mean of its word maps, sentence map,
-    target in green, prediction in red."""
+    """Returns a contact sheet, a line per sample: image, word maps, sentence map, target, prediction."""
     cells = []
     for index in indices:
         row = rows[index]
         image = read_image(row["image"])
         intermediates = {}
         masks, _ = model.segment(image, row["phrase"], intermediates=intermediates)
-        word_map = intermediates["word_map"][0].mean(0).cpu().numpy()
-        sentence_map = intermediates["sentence_map"][0].sigmoid().cpu().numpy()
-        target = overlay(image, dataset[index]["originals"][0], (40, 255, 40))
+        word_map = intermediates["word_map"][0].mean(0)
+        sentence_map = intermediates["sentence_map"][0].sigmoid()
+        target = resize_mask(read_mask(dataset.refs[index]), image.height, image.width)
         cells += [(row["phrase"], image), ("word maps, mean", heatmap(image, word_map, side)),
-                  ("sentence map", heatmap(image, sentence_map, side)), ("target", target),
+                  ("sentence map", heatmap(image, sentence_map, side)),
+                  ("target", overlay(image, target, (40, 255, 40))),
                   (f"prediction, IoU {row['iou']:.2f}", overlay(image, masks[0]))]
     return contact_sheet(cells, 5, side)
+
+
+def explain(model, image, phrase, side=256):
+    """Returns a contact sheet: image, map of each token, their mean, sentence map, mask."""
+    intermediates = {}
+    masks, _ = model.segment(image, phrase, intermediates=intermediates)
+    word_map = intermediates["word_map"][0]
+    tokens = model.tokenizer.encode(canonical(phrase)).tokens
+    names = [f"word map: {token.strip('▁')}" for token in tokens]
+    names += ["mean of the word maps", "sentence map"]
+    maps = [*word_map, word_map.mean(0), intermediates["sentence_map"][0].sigmoid()]
+    cells = [(f"{name}, {values.min():.2g} to {values.max():.2g}", heatmap(image, values, side))
+             for name, values in zip(names, maps)]
+    return contact_sheet([(phrase, image), *cells, ("mask", overlay(image, masks[0]))], 4, side)
 
 
 @torch.inference_mode()
 def bench(size, batch_size, device, amp, calls=10):
     """Returns a line: images a second, with a phrase of 10 tokens each, and peak memory on CUDA. Random
     weights; the median of `calls` calls after a warm-up."""
-    lora_rank = 0 if size == "tiny" else 16
-    model = RSRefSeg(size, lora_rank=lora_rank, dtype=AMP[amp] or torch.float32, init=False)
-    for parameter in model.eval().to(device).parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
+    model = RSRefSeg(size, dtype=AMP[amp] or torch.float32).eval().to(device)
     images = torch.rand(batch_size, 3, model.image_size, model.image_size, device=device)
     ids = torch.randint(3, 100, (batch_size, 10), device=device)
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -167,7 +177,7 @@ def main(argv=None):
     add("--dataset", choices=list(FORMATS), help="format of --data, if the folder does not tell")
     add("--split", default="test", choices=SPLITS, help="default: test")
     add("--shuffle-phrases", action="store_true", help="negative control: other phrases")
-    add("--batch-size", type=positive_int, help="default: 8; 1 for --bench")
+    add("--batch-size", type=int, help="default: 8; 1 for --bench")
     add("--workers", type=int, default=0, help="processes that read images (default: 0)")
     add("--siglip", help="SigLIP weights, if they moved: file, folder or Hugging Face name")
     add("--sam-weights", help="SAM weights, if they moved")
@@ -183,20 +193,19 @@ def main(argv=None):
     data = args.data or metadata.get("data")
     if data is None:
         parser.error(f"{args.checkpoint} does not say what it was trained on: give --data")
-    if args.data is None and args.dataset is None:
-        args.dataset = metadata.get("dataset")
 
     dtype = AMP[args.amp] or torch.float32
     model = RSRefSeg.from_checkpoint(args.checkpoint, args.siglip, args.sam_weights, dtype)
     model.to(args.device)
-    dataset = RefSegDataset(data, args.split, model.image_size, dataset=args.dataset)
+    dataset = args.dataset or metadata.get("dataset")
+    dataset = RefSegDataset(data, args.split, model.image_size, dataset=dataset)
     rows = evaluate(model, dataset, args.batch_size or 8, args.amp, args.workers, args.shuffle_phrases)
     result = scores(rows)
     name = f"shuffled.{args.split}" if args.shuffle_phrases else args.split
     if args.data:
         name = f"{args.data.name}.{name}"
     print(category_table(rows))
-    print(format_scores(name, result))
+    print(format_record(name, result))
     stem = f"{args.checkpoint.with_suffix('')}.{name}"
     report = dict(checkpoint=str(args.checkpoint), data=str(data), split=args.split, amp=args.amp,
                   shuffled=args.shuffle_phrases, metrics=result, samples=rows)

@@ -45,11 +45,10 @@ class LoRA(nn.Module):
 
 
 def inject(model, targets, r=16, alpha=16, dropout=0.0):
-    """Wrap the layers that `targets` name and return their names.
-    A target is a dotted name, or a pattern with * (any text, dots included), ? and [abc]. Only wrapped
-    layers are frozen here: freeze the rest with `model.requires_grad_(False)` first. Raises ValueError,
-    before anything is changed, for a target that matches nothing, or matches a module that is neither a
-    Linear nor an ungrouped Conv2d."""
+    """Wrap the layers that `targets` name and return their names. A target is a dotted name, or a
+    pattern with * (any text, dots included), ? and [abc]. Only wrapped layers are frozen here: freeze
+    the rest with `model.requires_grad_(False)` first. Raises ValueError, before anything is changed, for
+    a target that matches nothing, or something other than a Linear or an ungrouped Conv2d."""
     layers = {}
     for target in targets:
         matches = {name: layer for name, layer in model.named_modules() if fnmatchcase(name, target)}
@@ -105,9 +104,8 @@ def parameter_table(model):
 
 
 def save_peft(model, folder):
-    """Write the adapters, which must share rank, alpha and dropout, for
-    `peft.PeftModel.from_pretrained(other, folder)`, where `other` has the same layer names. Raises
-    ValueError when nothing is adapted."""
+    """Write the adapters, which must share rank, alpha and dropout, for `peft.PeftModel.from_pretrained(
+    other, folder)`, where `other` has the same layer names. Raises ValueError without adapters."""
     layers = adapted_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapters to write: call inject first.")

@@ -12,8 +12,6 @@ input, H W pixels.
 import argparse
 import hashlib
 import json
-import math
-import os
 import re
 import sys
 from collections import OrderedDict
@@ -30,11 +28,9 @@ from torch import nn
 from tqdm import tqdm
 
 import lora
-import sam as sam_module
-import siglip as siglip_module
-from data import contact_sheet, heatmap, image_tensor, overlay, positive_int, read_image, run, to_rgb
-from sam import SAM, copy_tensors, read_state
-from siglip import SigLIP, canonical, out_of_vocabulary, tokenize
+from data import image_tensor, overlay, read_image, run, tile_starts, to_rgb
+from sam import CONFIGS, SAM, copy_tensors, load_weights as load_sam, read_state
+from siglip import SigLIP, canonical, load_weights as load_siglip, out_of_vocabulary, tokenize
 
 SIGLIP_SIZE = {"b": "so400m", "l": "so400m", "h": "so400m", "tiny": "tiny"}      # by size of SAM
 
@@ -98,8 +94,7 @@ class AttnPrompter(nn.Module):
 LORA_TARGETS = [
     "sam.vision_encoder.layers.*.attn.qkv", "sam.vision_encoder.layers.*.attn.proj",
     "sam.vision_encoder.layers.*.mlp.lin[12]", "sam.vision_encoder.neck.conv[12]",
-    "siglip.vision_model.encoder.layers.*.self_attn.*_proj",
-]
+    "siglip.vision_model.encoder.layers.*.self_attn.*_proj"]
 TEXT_LORA_TARGETS = ["siglip.text_model.encoder.layers.*.self_attn.*_proj", "siglip.text_model.head"]
 
 
@@ -110,18 +105,16 @@ class RSRefSeg(nn.Module):
     lora_rank > 0 freezes the towers and adapts them, 0 trains them whole. All else in use is trained.
     `dtype` is the type of the towers' frozen Linear weights. In the autocast type they take half the
     memory and need no casts, but then the model runs only under autocast.
-    `init=False` skips random initialisation: load weights before use.
-    """
+    `init=False` skips random initialisation: load weights before use."""
 
     def __init__(self, sam="b", lora_rank=16, lora_alpha=16, lora_dropout=0.1, text_lora=True,
-                 down_blocks=2, prompts="both", text="both", dtype=torch.float32, init=True,
-                 tokenizer=None):
+                 down_blocks=2, prompts="both", text="both", dtype=torch.float32, init=True):
         super().__init__()
         self.settings = dict(
             sam=sam, lora_rank=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
             text_lora=text_lora, down_blocks=down_blocks, prompts=prompts, text=text)
         self.backbones = {}                                    # where the frozen weights come from
-        self.tokenizer = tokenizer
+        self.tokenizer = None                                  # set it, or call load_backbones
         with torch.device("cpu" if init else "meta"):          # meta tensors have no memory
             self.siglip = SigLIP(SIGLIP_SIZE[sam])
             self.sam = SAM(sam)
@@ -141,8 +134,8 @@ class RSRefSeg(nn.Module):
         # Freeze what cannot receive a gradient: DistributedDataParallel would wait for it. The
         # hypernetworks of masks 1-3 get a gradient of zero and stay trainable, as in the released code.
         encoder = self.sam.prompt_encoder
-        unused = [encoder.point_embed, encoder.not_a_point_embed]
-        unused.append(self.sam.mask_decoder.iou_prediction_head)
+        head = self.sam.mask_decoder.iou_prediction_head
+        unused = [encoder.point_embed, encoder.not_a_point_embed, head]
         unused.append(encoder.mask_embed if prompts == "sparse" else encoder.no_mask_embed)
         if prompts == "dense":
             unused.append(self.prompter)
@@ -191,27 +184,12 @@ class RSRefSeg(nn.Module):
         `intermediates`, a dict, receives f_sam, v, t, s, word_map, sentence_map, sparse and dense."""
         return self.decode(self.encode(images), ids, token_mask, intermediates)
 
-    @staticmethod
-    def loss(logits, masks, dice=False):
-        """5 x binary cross-entropy at the size of masks (N, 1, H, W), whose values are in [0, 1].
-        `dice` adds a soft Dice loss: not in the paper, tiny uses it."""
-        masks = masks.float()
-        logits = F.interpolate(logits.float(), size=masks.shape[-2:], mode="bilinear")
-        loss = 5 * F.binary_cross_entropy_with_logits(logits, masks)
-        if dice:
-            p = logits.sigmoid()
-            intersection = (p * masks).sum((1, 2, 3))
-            area = (p + masks).sum((1, 2, 3))
-            loss = loss + (1 - (2 * intersection + 1) / (area + 1)).mean()
-        return loss
-
     def tokenize(self, phrases):
         """N phrases, none empty -> ids (N, L), token_mask (N, L), on the model's device."""
         if self.tokenizer is None:
-            raise ValueError("the model has no tokenizer: call load_backbones, or pass tokenizer=.")
-        for phrase in phrases:
-            if not canonical(phrase):
-                raise ValueError(f"the phrase {phrase!r} is empty: name an object, as in 'the ship'.")
+            raise ValueError("the model has no tokenizer: call load_backbones, or set it.")
+        if not all(canonical(phrase) for phrase in phrases):
+            raise ValueError(f"a phrase is empty: {phrases}. Name an object, as in 'the ship'.")
         ids, token_mask = tokenize(self.tokenizer, phrases)
         return ids.to(self.device), token_mask.to(self.device)
 
@@ -222,8 +200,7 @@ class RSRefSeg(nn.Module):
 
         The model sees the whole image, resized. `tile`, for small objects in large scenes, makes it see
         overlapping windows of tile x tile pixels, whose logits are blended. "Left" then means left in a
-        window. `intermediates` receives those of the last window. Needs autocast unless `dtype` is fp32.
-        """
+        window; `intermediates` receives the last one's. Needs autocast unless `dtype` is fp32."""
         image = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
         ids, token_mask = self.tokenize([phrases] if isinstance(phrases, str) else phrases)
         self.eval()
@@ -231,8 +208,7 @@ class RSRefSeg(nn.Module):
         w = min(tile or image.width, image.width)
         corners = [(y, x) for y in tile_starts(image.height, h) for x in tile_starts(image.width, w)]
         # Blend weights of a window's pixels, lowest at its borders, so that no seam shows.
-        profiles = [torch.hann_window(n, periodic=False) + 1e-4 for n in (h, w)]
-        blend = profiles[0].outer(profiles[1])
+        blend = torch.outer(*[torch.hann_window(n, periodic=False) + 1e-4 for n in (h, w)])
         logits = torch.zeros(len(ids), image.height, image.width)
         weights = torch.zeros(image.height, image.width)
         for y, x in tqdm(corners, "windows", disable=len(corners) == 1):
@@ -245,21 +221,16 @@ class RSRefSeg(nn.Module):
         scores = [logit[mask].sigmoid().mean().nan_to_num(0) for logit, mask in zip(logits, masks)]
         return masks, torch.stack(scores)
 
-    # --------------------------------------------------------------------------------- weights on disk
-
     def load_backbones(self, siglip=None, sam_weights=None):
         """Load both towers and SigLIP's tokenizer. A source is a safetensors file, its folder, a Hugging
         Face name, or for SAM one of Meta's .pth files; None is the published one."""
         siglip = siglip or HUB["siglip"][0]
         sam_weights = sam_weights or HUB[self.settings["sam"]][0]
         self.tokenizer = Tokenizer.from_file(str(fetch(siglip, "tokenizer.json")))
-        siglip_module.load_weights(lora.base_state_dict(self.siglip), fetch(siglip, "model.safetensors"))
-        sam_module.load_weights(lora.base_state_dict(self.sam), fetch(sam_weights, "model.safetensors"))
+        load_siglip(lora.base_state_dict(self.siglip), fetch(siglip, "model.safetensors"))
+        load_sam(lora.base_state_dict(self.sam), fetch(sam_weights, "model.safetensors"))
         if self.settings["lora_rank"]:
-            # Absolute paths are found again from any folder. A Hugging Face name stays as it is.
-            sources = dict(siglip=siglip, sam=sam_weights)
-            self.backbones = {tower: str(Path(source).absolute()) if Path(source).exists() else source
-                              for tower, source in sources.items()}
+            self.backbones = dict(siglip=str(siglip), sam=str(sam_weights))
         return self
 
     @classmethod
@@ -268,11 +239,8 @@ class RSRefSeg(nn.Module):
         return cls(sam, init=False, **settings).load_backbones(siglip, sam_weights)
 
     def checkpoint_state_dict(self):
-        """Returns what a checkpoint holds: only what training changes if the frozen towers come from
-        files of their own, else everything."""
-        if self.backbones:
-            return lora.trainable_state_dict(self)
-        return self.state_dict()
+        """Returns what a checkpoint holds: what training changes, and towers without their own files."""
+        return lora.trainable_state_dict(self) if self.backbones else self.state_dict()
 
     def save(self, path, **metadata):
         """Write a checkpoint for `from_checkpoint`, as safetensors."""
@@ -290,66 +258,46 @@ class RSRefSeg(nn.Module):
         """A trained model in eval mode, from a checkpoint of train.py or of the released code. The
         frozen towers, unless in the file, come from where training had them, or from given sources."""
         metadata, tensors = read_checkpoint(path)
-        if not metadata:                                            # not written by save
-            del tensors                                             # they are read again
-            return cls.load_official(path, siglip, dtype=dtype)
         model = cls(**metadata["settings"], dtype=dtype, init=False)
         backbones = metadata.get("backbones")
         if backbones:
             model.load_backbones(siglip or backbones["siglip"], sam_weights or backbones["sam"])
-        else:
+        elif "tokenizer" in metadata:
             model.tokenizer = Tokenizer.from_str(metadata["tokenizer"])
+        else:                                                       # of the released code
+            tokenizer = fetch(siglip or HUB["siglip"][0], "tokenizer.json")
+            model.tokenizer = Tokenizer.from_file(str(tokenizer))
         copy_tensors(tensors, model.checkpoint_state_dict(), path)
         return model.eval()
 
-    @classmethod
-    def load_official(cls, path, siglip=None, dtype=torch.float32):
-        """A checkpoint of the released code in eval mode. Size, rank and prompter depth follow from its
-        keys; alpha is 16 there. The tokenizer comes from SigLIP's source."""
-        _, state = read_checkpoint(path)
-        settings = official_settings(state, path)
-        model = cls(**settings, dtype=dtype, init=False)
-        tokenizer = fetch(siglip or HUB["siglip"][0], "tokenizer.json")
-        model.tokenizer = Tokenizer.from_file(str(tokenizer))
-        state = {key: tensor for key, tensor in state.items() if not key.startswith(OFFICIAL_UNUSED)}
-        depth = settings["down_blocks"]
-        target = {official_name(key, depth): tensor for key, tensor in model.state_dict().items()}
-        copy_tensors(state, target, path)
-        return model.eval()
+    load_official = from_checkpoint        # it tells the two kinds of checkpoint apart
 
 
 def resize_logits(logits, image_size, height, width):
-    """Mask logits (N, 1, 4e, 4e) -> (N, height, width), bilinear: to the model's input, then to the
-    image. The mask is where they are above 0."""
+    """Mask logits (N, 1, 4e, 4e) -> (N, height, width), first at the input's size. The mask is > 0."""
     logits = F.interpolate(logits.float(), size=(image_size, image_size), mode="bilinear")
     return F.interpolate(logits, size=(height, width), mode="bilinear")[:, 0]
 
 
-def tile_starts(length, tile):
-    """Returns where windows start along one side, so that neighbours overlap by at least half."""
-    steps = math.ceil(2 * (length - tile) / tile)
-    return [round(i * (length - tile) / max(1, steps)) for i in range(steps + 1)]
-
-
 def read_checkpoint(path):
-    """Returns the metadata that `save` wrote (empty for other files) and {name: tensor}."""
+    """Returns what `save` wrote: metadata, among them the model's settings, and {name: tensor}. Of a
+    checkpoint of the released code, settings and tensors under our names."""
     state = read_state(path)
+    if str(path).endswith(".safetensors"):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        if "settings" in metadata:
+            return {key: json.loads(text) for key, text in metadata.items()}, state
     for key in ("state_dict", "module"):                            # frameworks wrap the state dict
         state = state.get(key, state)
-    if not str(path).endswith(".safetensors"):
-        return {}, state
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-    if "settings" not in metadata:
-        return {}, state
-    return {key: json.loads(text) for key, text in metadata.items()}, state
+    return convert_official(state, path)
 
 
 def atomic_write(path, content):
     """Replace `path` by the bytes `content`. A crash leaves the old file or the new one, complete."""
     temporary = Path(f"{path}.tmp")
     temporary.write_bytes(content)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 # The published weights at the revisions this code was written for, with the sha256 of model.safetensors.
@@ -361,16 +309,14 @@ HUB = {
     "l": ("facebook/sam-vit-large", "6851e0441005b0fb96f2cc4dfac472f3d1b14af1",
           "a57e1b13cd1545938dfcbc9fb26df7f60de6650237a9383382a874a623564b81"),
     "h": ("facebook/sam-vit-huge", "87aecf0df4ce6b30cd7de76e87673c49644bdf67",
-          "edfb0462392541fca9af44ff039bfb32dbd0c939997f3abb77a26e23af7afd7c"),
-}
+          "edfb0462392541fca9af44ff039bfb32dbd0c939997f3abb77a26e23af7afd7c")}
 
 
 def fetch(source, filename):
     """Returns the path of `filename`. `source` is a weight file, its folder, or a Hugging Face name,
-    which is downloaded once. Raises OSError, or ValueError for weights that are not the published
-    ones."""
+    which is downloaded once. Raises OSError, or ValueError for weights other than the published."""
     path = Path(source)
-    if path.is_file() and filename != "model.safetensors":        # tokenizer.json lies beside weights
+    if path.is_file() and filename == "tokenizer.json":            # it lies beside the weights
         path = path.parent
     if path.is_dir():
         path = path / filename
@@ -379,8 +325,7 @@ def fetch(source, filename):
     pinned = {name: (revision, sha256) for name, revision, sha256 in HUB.values()}
     revision, sha256 = pinned.get(source, (None, None))
     try:
-        # A file in the cache was verified when it was downloaded.
-        cached = try_to_load_from_cache(source, filename, revision=revision)
+        cached = try_to_load_from_cache(source, filename, revision=revision)      # was verified then
         path = Path(hf_hub_download(source, filename, revision=revision))
     except Exception as error:                    # its type depends on the version of huggingface_hub
         raise OSError(f"{path} does not exist, and {source} cannot be downloaded: {error}. Give local "
@@ -389,48 +334,41 @@ def fetch(source, filename):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != sha256:
-            os.remove(path.resolve())                         # in the cache, `path` is a link
+            path.resolve().unlink()                           # in the cache, `path` is a link
             raise ValueError(f"{path} does not have the published sha256 and was deleted: try again.")
     return path
 
 
 # -------------------------------------------------------------------- the released code's checkpoints
 
-OFFICIAL_NAMES = (   # our prefix -> theirs, first match counts; {} is the number of down blocks
-    ("siglip.vision_model.", "clip_vision_encoder.base_model.model.model."),
-    ("siglip.text_model.", "clip_text_encoder.base_model.model.model."),
-    ("siglip.", "clip_text_encoder.base_model.model."),
-    ("sam.vision_encoder.", "backbone.base_model.model.model."),
-    ("sam.prompt_encoder.", "sam_prompt_encoder.model."),
-    ("sam.mask_decoder.", "sam_mask_decoder.model."),
-    ("sam.", "backbone.base_model.model."),
-    ("prompter.channel.", "prompter_down_channel."),
-    ("prompter.spatial.", "prompter_down_spatial."),
-    ("prompter.project.", "prompter_down_spatial.{}.conv."),
-)
+OFFICIAL_NAMES = (   # regular expression for the released code's names -> our name, in this order
+    (r"\.base_model\.model", ""), (r"\.base_layer\.", ".base."), (r"\.lora_([AB])\.default", r".\1"),
+    ("^clip_vision_encoder.model", "siglip.vision_model"),
+    ("^clip_text_encoder.model", "siglip.text_model"), ("^clip_text_encoder", "siglip"),
+    ("^backbone.model", "sam.vision_encoder"), ("^backbone", "sam"),
+    ("^sam_prompt_encoder.model", "sam.prompt_encoder"), ("^sam_mask_decoder.model", "sam.mask_decoder"),
+    ("^prompter_down_", "prompter."))
 # SigLIP's pooling head, and a second name of SAM's positional encoding.
-OFFICIAL_UNUSED = ("clip_vision_encoder.base_model.model.model.head.",
-                   "sam_prompt_encoder.model.shared_embedding.")
+OFFICIAL_UNUSED = ("siglip.vision_model.head.", "sam.prompt_encoder.shared_embedding.")
 
 
-def official_name(name, down_blocks):
-    """Returns the released code's key for a key of our state dict."""
-    ours, theirs = next(pair for pair in OFFICIAL_NAMES if name.startswith(pair[0]))
-    name = theirs.format(down_blocks) + name.removeprefix(ours).replace(".base.", ".base_layer.")
-    return re.sub(r"\.([AB])\.weight$", r".lora_\1.default.weight", name)
-
-
-def official_settings(state, path):
-    """Returns sam, lora_rank and down_blocks of a state dict of the released code."""
-    prefix = "backbone.base_model.model.model.layers."
-    layers = len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
-    sizes = {sam_module.CONFIGS[size].layers: size for size in SIGLIP_SIZE}
-    key = f"{prefix}0.attn.qkv.lora_A.default.weight"
-    if layers not in sizes or key not in state:
+def convert_official(state, path):
+    """State dict of the released code -> metadata with the model's settings, and {our name: tensor}.
+    Size, rank and prompter depth follow from the keys; alpha is 16 there."""
+    depth = sum(re.fullmatch(r"prompter_down_spatial\.\d\.bn\.weight", key) is not None for key in state)
+    tensors = {}
+    for key, tensor in state.items():
+        for pattern, ours in (*OFFICIAL_NAMES, (rf"spatial\.{depth}\.conv", "project")):
+            key = re.sub(pattern, ours, key)
+        if not key.startswith(OFFICIAL_UNUSED):
+            tensors[key] = tensor
+    layers = len({key.split(".")[3] for key in tensors if key.startswith("sam.vision_encoder.layers.")})
+    sizes = {CONFIGS[size].layers: size for size in SIGLIP_SIZE}
+    key = "sam.vision_encoder.layers.0.attn.qkv.A.weight"
+    if layers not in sizes or key not in tensors:
         raise ValueError(f"{path} is neither a checkpoint of train.py nor one of the released code.")
-    blocks = {key.split(".")[1] for key in state if key.startswith("prompter_down_spatial.")}
-    rank = state[key].shape[0]
-    return dict(sam=sizes[layers], lora_rank=rank, down_blocks=len(blocks) - 1)     # the last is project
+    settings = dict(sam=sizes[layers], lora_rank=tensors[key].shape[0], down_blocks=depth)
+    return dict(settings=settings), tensors
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -442,22 +380,6 @@ DEFAULT_AMP = "bf16" if DEVICE == "cuda" else "off"
 
 def autocast(device, amp):
     return torch.autocast(torch.device(device).type, AMP[amp], enabled=amp != "off")
-
-
-def explain(model, image, phrase, side=256):
-    """Returns a contact sheet: image, map of each token, their mean, sentence map, mask."""
-    intermediates = {}
-    masks, _ = model.segment(image, phrase, intermediates=intermediates)
-    word_map = intermediates["word_map"][0]
-    tokens = model.tokenizer.encode(canonical(phrase)).tokens
-    maps = [(f"word map: {token.strip('▁')}", values) for token, values in zip(tokens, word_map)]
-    maps.append(("mean of the word maps", word_map.mean(0)))
-    maps.append(("sentence map", intermediates["sentence_map"][0].sigmoid()))
-    cells = [(phrase, image)]
-    for name, values in maps:
-        caption = f"{name}, {values.min():.2g} to {values.max():.2g}"
-        cells.append((caption, heatmap(image, values.cpu().numpy(), side)))
-    return contact_sheet([*cells, ("mask", overlay(image, masks[0]))], 4, side)
 
 
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)      # a GeoTIFF's coordinates, which masks keep
@@ -478,15 +400,16 @@ def segment_file(model, path, args):
         Image.fromarray(mask).convert("L").save(files["mask"], tiffinfo=tags)
         overlay(image, mask).save(files["overlay"])
         if args.explain:
+            from evaluate import explain                       # here, because it imports this file
             files["explained"] = f"{stem}_explained.png"
             explain(model, image, phrase).save(files["explained"])
-        box = Image.fromarray(mask).getbbox()
         if args.json:
+            box = Image.fromarray(mask).getbbox()
             area = int(mask.sum())
             record = dict(image=str(path), phrase=phrase, area=area, box=box, score=score, **files)
             print(json.dumps(record), flush=True)
         else:
-            found = f"{mask.mean():.1%} of the image, score {score:.2f}" if box else "nothing found"
+            found = f"{mask.mean():.1%} of the image, score {score:.2f}"
             print(f"{phrase!r}: {found} -> {', '.join(files.values())}", flush=True)
 
 
@@ -497,7 +420,7 @@ def main(argv=None):
     add("phrases", nargs="+", metavar="phrase")
     add("--checkpoint", type=Path, required=True, help="of train.py or of the released code")
     add("--out", type=Path, default=Path("pictures"), help="folder for the results (default: pictures)")
-    add("--tile", type=positive_int, help="use overlapping windows of this many pixels a side")
+    add("--tile", type=int, help="use overlapping windows of this many pixels a side")
     add("--json", action="store_true", help="print one JSON record per phrase")
     add("--explain", action="store_true", help="also draw the maps behind each mask, of the whole image")
     add("--siglip", help="SigLIP weights, if they moved: file, folder or Hugging Face name")

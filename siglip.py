@@ -112,21 +112,16 @@ def sincos_position_embedding(g, width):
     return torch.cat([axis.repeat_interleave(g, 0), axis.repeat(g, 1)], 1)     # row, column
 
 
-def conv_stem(widths):
-    """3x3 stride-2 convolutions with BatchNorm and GELU; each halves the side of the image."""
-    layers = []
-    for c_in, c_out in zip(widths, widths[1:]):
-        layers += [nn.Conv2d(c_in, c_out, 3, 2, 1, bias=False), nn.BatchNorm2d(c_out), nn.GELU()]
-    return nn.Sequential(*layers)
-
-
 class VisionEmbeddings(nn.Module):
     def __init__(self, config):
         super().__init__()
         widths = (3, *config.stem)
+        stem = []
+        for c_in, c_out in zip(widths, widths[1:]):             # each halves the side
+            stem += [nn.Conv2d(c_in, c_out, 3, 2, 1, bias=False), nn.BatchNorm2d(c_out), nn.GELU()]
+        self.stem = nn.Sequential(*stem)
         patch = config.patch // 2 ** len(config.stem)
         g = config.image // config.patch
-        self.stem = conv_stem(widths)
         self.patch_embedding = nn.Conv2d(widths[-1], config.width, patch, patch)
         self.position_embedding = nn.Embedding(g * g, config.width)
         self.position_embedding.weight.data = sincos_position_embedding(g, config.width)
@@ -185,9 +180,6 @@ class SigLIP(nn.Module):
         self.vision_model = VisionTower(self.config)
         self.logit_scale = nn.Parameter(torch.tensor([self.config.logit_scale]))
         self.logit_bias = nn.Parameter(torch.zeros(1))
-        for layer in [*self.text_model.encoder.layers, *self.vision_model.encoder.layers]:
-            for linear in (layer.self_attn.out_proj, layer.mlp.fc2):     # small residual branches
-                nn.init.normal_(linear.weight, std=0.2 * linear.in_features ** -0.5)
 
     def encode_image(self, images):
         """images (B, 3, H, W), RGB in [0, 1], any size -> feature map V (B, D, g, g)."""

@@ -237,7 +237,7 @@ def test_schedule():
 
 
 def test_defaults_are_the_papers():
-    expected = dict(epochs=200, total_batch=32, lr=1e-4, weight_decay=0.05, warmup_epochs=5, loss="bce",
+    expected = dict(epochs=200, total_batch=32, lr=1e-4, weight_decay=0.05, warmup_epochs=5,
                     lora_rank=16, lora_alpha=16, lora_dropout=0.1, phrases=1, map_loss=0, clip=0,
                     text_lora=True, down_blocks=2, prompts="both", text="both")
     args = vars(train.parse_args(["--sam", "b"]))
@@ -272,7 +272,7 @@ def test_full_size_shapes(size, trainable, monkeypatch):
         targets = torch.empty(6, 1, 1024, 1024, dtype=torch.bool)
         ids = torch.empty(6, 9, dtype=torch.int64)
     logits = model(images / 255, ids, ids > 0)
-    model.loss(logits, targets, dice=True).backward()
+    train.segmentation_loss(logits, targets).backward()
     assert logits.shape == (6, 1, 256, 256)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable
 
@@ -288,7 +288,7 @@ def test_what_can_get_a_gradient_trains(settings, rank):
     if rank == 0:
         model.requires_grad_(True)
     images, ids, mask, targets = batch()
-    model.loss(model(images, ids, mask), targets).backward()
+    train.segmentation_loss(model(images, ids, mask), targets).backward()
     assert trainable == {name for name, p in model.named_parameters() if p.grad is not None}
     zero = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.any()]
     assert all(re.search(r"hypernetworks_mlps\.[123]", name) for name in zero), zero      # of masks 1-3
@@ -305,7 +305,7 @@ def test_checkpointed_activations_give_the_same_gradients():
         for module in model.modules():
             module.checkpoint_activations = recompute
         torch.manual_seed(1)
-        model.loss(model(images, ids, mask), targets).backward()
+        train.segmentation_loss(model(images, ids, mask), targets).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
         model.zero_grad()
     assert len(calls) == 1 + 2
@@ -380,12 +380,11 @@ def test_metas_own_files(small, tmp_path, as_zip):
         sam.load_weights(loaded, path)
 
 
-def test_checkpoint_round_trip(small, tmp_path, monkeypatch):
+def test_checkpoint_round_trip(small, tmp_path):
     """A checkpoint holds settings, what training changes, and where the towers come from."""
     settings = dict(lora_rank=2, text_lora=False, down_blocks=1, prompts="sparse", text="global")
-    with monkeypatch.context() as patch:
-        patch.chdir(tmp_path)                                          # found again from any folder
-        ablated = RSRefSeg.from_pretrained("small", "siglip", "sam", **settings).eval()
+    towers = (tmp_path / "siglip", tmp_path / "sam")
+    ablated = RSRefSeg.from_pretrained("small", *towers, **settings).eval()
     assert ablated.settings.items() >= settings.items()
     images, ids, mask, _ = batch()
     path = tmp_path / "x.safetensors"
@@ -405,8 +404,8 @@ def test_checkpoint_round_trip(small, tmp_path, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(half(images, ids, mask), again(images, ids, mask))
     # A model without frozen towers, or whose towers came from no file, is saved whole.
-    for whole in (RSRefSeg.from_pretrained("small", tmp_path / "siglip", tmp_path / "sam", lora_rank=0),
-                  small_model(tokenizer=data.toy_tokenizer())):
+    for whole in (RSRefSeg.from_pretrained("small", *towers, lora_rank=0), small_model()):
+        whole.tokenizer = data.toy_tokenizer()
         whole.eval().save(path)
         again = RSRefSeg.from_checkpoint(path, "absent", "absent")
         assert torch.equal(again(images, ids, mask), whole(images, ids, mask))
@@ -422,9 +421,24 @@ def peft_name(name):
     return re.sub(r"(^|\.)([AB])\.weight$", r"\1lora_\2.default.weight", name)
 
 
+def official_name(name):
+    """The released code's key for a key of RSRefSeg with two down blocks."""
+    prefixes = (
+        ("siglip.vision_model", "clip_vision_encoder.base_model.model.model"),
+        ("siglip.text_model", "clip_text_encoder.base_model.model.model"),
+        ("siglip", "clip_text_encoder.base_model.model"),
+        ("sam.vision_encoder", "backbone.base_model.model.model"),
+        ("sam.prompt_encoder", "sam_prompt_encoder.model"), ("sam.mask_decoder", "sam_mask_decoder.model"),
+        ("sam", "backbone.base_model.model"), ("prompter.project", "prompter_down_spatial.2.conv"),
+        ("prompter.", "prompter_down_"))
+    for ours, theirs in prefixes:
+        if name.startswith(ours):
+            return peft_name(theirs + name.removeprefix(ours))
+
+
 def official_state(model):
     """The state dict of RSRefSeg as the released code saves it, with two parts that it never uses."""
-    state = {rsrefseg.official_name(key, 2): tensor for key, tensor in model.state_dict().items()}
+    state = {official_name(key): tensor for key, tensor in model.state_dict().items()}
     state["clip_vision_encoder.base_model.model.model.head.probe"] = torch.zeros(3)
     state["sam_prompt_encoder.model.shared_embedding.positional_embedding"] = torch.zeros(2, 16)
     return state
@@ -432,11 +446,6 @@ def official_state(model):
 
 def test_checkpoints_of_the_released_code(small, tmp_path):
     state = official_state(small)
-    assert set(state) >= {
-        "backbone.base_model.model.model.layers.0.attn.qkv.lora_A.default.weight",
-        "clip_text_encoder.base_model.model.logit_scale", "sam_mask_decoder.model.iou_token.weight",
-        "clip_vision_encoder.base_model.model.model.encoder.layers.0.self_attn.k_proj.base_layer.bias",
-        "prompter_down_channel.bn.running_var", "prompter_down_spatial.2.conv.bias"}
     images, ids, mask, _ = batch()
     path = tmp_path / "official.pth"
     for content in (state, {"state_dict": state}, {"module": state, "epoch": 3}):
@@ -455,10 +464,12 @@ def test_official_keys_at_full_size(size):
     """Every name and shape in the released code's checkpoints, but for two parts that it never uses."""
     folder = os.environ.get("RSREFSEG_OFFICIAL_KEYS") or pytest.skip("RSREFSEG_OFFICIAL_KEYS is not set")
     lines = Path(folder, f"official_keys_{size}.tsv").read_text().splitlines()[1:]
-    official = {key: [int(n) for n in shape.split(",") if n] for key, shape, _ in
-                (line.split("\t") for line in lines) if not key.startswith(rsrefseg.OFFICIAL_UNUSED)}
-    state = meta_model(size).state_dict()
-    assert official == {rsrefseg.official_name(key, 2): list(state[key].shape) for key in state}
+    state = {key: torch.empty([int(n) for n in shape.split(",") if n], device="meta")
+             for key, shape, _ in (line.split("\t") for line in lines)}
+    metadata, tensors = rsrefseg.convert_official(state, "keys")
+    assert metadata["settings"] == dict(sam=size, lora_rank=16, down_blocks=2)
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    assert shapes == {key: tensor.shape for key, tensor in meta_model(size).state_dict().items()}
 
 
 def test_weights_by_name(small, tmp_path, monkeypatch):
@@ -573,14 +584,13 @@ def test_toy_phrases_name_one_object():
 
 def test_items_of_a_data_set(toy):
     one = data.RefSegDataset(toy, "val", 96)
-    four = data.RefSegDataset(toy, "val", 96, phrases=4, cache=True)
+    four = data.RefSegDataset(toy, "val", 96, phrases=4)
     assert (len(one), len(four)) == (32, 8)
-    for _ in range(2):                                                # the second time from the cache
-        items = data.collate([four[0], four[1]])
-        assert (items["images"].shape, items["images"].dtype) == ((2, 3, 96, 96), torch.uint8)
-        assert (items["masks"].shape, items["masks"].dtype) == ((8, 1, 96, 96), torch.bool)
-        assert items["refs"] == one.refs[:8]
-        assert all(torch.equal(one[i]["masks"][0], items["masks"][i]) for i in range(8))
+    items = data.collate(list(four)[:2])
+    assert (items["images"].shape, items["images"].dtype) == ((2, 3, 96, 96), torch.uint8)
+    assert (items["masks"].shape, items["masks"].dtype) == ((8, 1, 96, 96), torch.bool)
+    assert (items["refs"], items["sizes"]) == (one.refs[:8], [(256, 256)] * 2)
+    assert all(torch.equal(one[i]["masks"][0], items["masks"][i]) for i in range(8))
     three = data.RefSegDataset(toy, "val", 96, phrases=3)              # the last group is filled up
     assert [[one.refs.index(ref) for ref in refs] for refs in three.items[:2]] == [[0, 1, 2], [3, 0, 1]]
 
@@ -632,7 +642,7 @@ def write_format(root, dataset, refs):
 
 
 @pytest.mark.parametrize("dataset", ["rrsisd", "refsegrs", "risbench", "risbench_lines", "own"])
-def test_other_data_sets(toy, tmp_path, dataset):
+def test_other_data_sets(toy, tmp_path, dataset, capsys):
     refs = [ref for split in data.SPLITS for ref in data.RefSegDataset(toy, split, 96).refs[:3]]
     if dataset == "rrsisd":
         write_rrsisd(tmp_path, refs)
@@ -642,11 +652,11 @@ def test_other_data_sets(toy, tmp_path, dataset):
     items = [item for split in data.SPLITS for item in data.RefSegDataset(tmp_path, split, 96)]
     for item, ref in zip(items, refs, strict=True):
         assert (item["refs"][0].phrase, item["refs"][0].split) == (ref.phrase, ref.split)
-        assert (item["originals"][0] == data.read_mask(ref)).all()
+        assert (data.read_mask(item["refs"][0]) == data.read_mask(ref)).all()
         assert torch.equal(item["image"], data.image_tensor(data.read_image(ref.image), 96))
     call(data.main, "check", tmp_path)
-    report = json.loads((tmp_path / "check.json").read_text())
-    assert (report["phrases"], report["defects"]) == (dict(train=3, val=3, test=3), [])
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"\w+: {('\w+': 3,? ?){3}} phrases.*\nwrote .*\n", printed)
     assert Image.open(tmp_path / "check.jpg").width > 1000
 
 
@@ -663,13 +673,13 @@ def test_check_lists_every_defect(toy, tmp_path, capsys):
     Image.open(images / "00003.jpg").resize((256, 257)).save(images / "00003.jpg")
     with pytest.raises(ValueError, match="training would fail: 10 bad rows"):
         call(data.main, "check", tmp_path)
-    pattern = r"(\w+): train, ref_id (\d+): .*(empty|run lengths|cannot read|no such|another size)"
+    pattern = r"(\w+): train, ref_id (\d+), .*(empty|run lengths|cannot read|no such|another size)"
     found = re.findall(pattern, capsys.readouterr().out)
     expected = [("error", 0, "empty"), ("error", 1, "run lengths"), ("warning", 2, "empty")]
     expected += [("error", i, "cannot read" if i < 8 else "no such") for i in range(4, 12)]
     expected += [("warning", i, "another size") for i in range(12, 16)]
     assert found == [(kind, str(ref_id), what) for kind, ref_id, what in expected]
-    with pytest.raises(ValueError, match="2 problems. the phrase of ref_id 0 .*00002.jpg"):
+    with pytest.raises(ValueError, match="2 problems.*: the phrase of ref_id 0 .*00002.jpg"):
         data.RefSegDataset(tmp_path, "train", 96)
     (tmp_path / "rrsisd" / "refs(unc).p").write_bytes(pickle.dumps(rows)[:-3])
     with pytest.raises(ValueError, match="cannot read the lists of rrsisd"):
@@ -950,7 +960,7 @@ def test_rsrefseg_parity(mode, rank):
     for stage, value in stages.items():
         check(f"{name}: {stage}", intermediates[stage], value)
     check(f"{name}: mask logits", logits, their_logits)
-    loss = ours.loss(logits, targets)
+    loss = train.segmentation_loss(logits, targets)
     their_loss = theirs.loss(their_logits, targets)
     check(f"{name}: loss", loss, their_loss, 1e-5)
     loss.backward()
@@ -981,7 +991,7 @@ def assert_same_run(a, b):
     leaves = []
     for folder in (a, b):
         state = torch.load(folder / "resume.pt", weights_only=True)
-        losses = [(row["loss"], row["gnorm"]) for row in log_rows(folder, "train").values()]
+        losses = [(row["loss"], row["gradient_norm"]) for row in log_rows(folder, "train").values()]
         best = load_file(folder / "best.safetensors")
         leaves.append(tree_leaves([state["progress"], state["model"], state["optimizer"], losses, best]))
     for x, y in zip(*leaves, strict=True):
@@ -997,14 +1007,14 @@ def test_a_broken_run_resumes_to_the_bit(toy, trained, tmp_path, monkeypatch):
     """A loss that is not finite ends a run before the optimizer's step. Then the data move."""
     out = tmp_path / "out"
     arguments = ["--sam", "tiny", "--out", out, "--epochs", 2, "--save-every", 2, *CPU]
-    loss = RSRefSeg.loss
+    loss = train.segmentation_loss
     calls = []
 
     def broken_loss(*args):
         calls.append(args)
         return loss(*args) * (math.nan if len(calls) == 9 else 1)      # step 4; a step has two losses
 
-    monkeypatch.setattr(RSRefSeg, "loss", staticmethod(broken_loss))
+    monkeypatch.setattr(train, "segmentation_loss", broken_loss)
     old_umask = os.umask(0o027)
     with pytest.raises(ValueError, match="step 4: loss nan.* samples .*--lr") as error:
         call(train.main, *arguments, "--data", toy)
@@ -1057,8 +1067,8 @@ def test_a_stopped_run_resumes_to_the_bit(toy, small, tmp_path, number, times):
 
 
 def test_two_processes_follow_one(toy, tmp_path):
-    """Each micro-batch, and so BatchNorm in training, sees the same samples: losses, gradients and
-    weights agree. BatchNorm's running statistics are the first process's. 31 samples are scored."""
+    """Each micro-batch, and so BatchNorm in training, sees the same samples: gradients and weights
+    agree. BatchNorm's running statistics are the first process's. 31 samples are scored."""
     root = shutil.copytree(toy, tmp_path / "toy")
     keep_rows(root, slice(-1))
     arguments = ["--sam", "tiny", "--data", root, "--epochs", 2, "--batch-size", 4, *CPU]
@@ -1066,11 +1076,11 @@ def test_two_processes_follow_one(toy, tmp_path):
     run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", *arguments,
         "--out", tmp_path / "two")
     one, two = [log_rows(tmp_path / name, "train") for name in ("one", "two")]
-    worst = max(abs(one[step][key] / two[step][key] - 1) for step in (3, 6) for key in ("loss", "gnorm"))
+    worst = max(abs(one[step]["gradient_norm"] / two[step]["gradient_norm"] - 1) for step in (3, 6))
     one, two = [load_file(tmp_path / name / "last.safetensors") for name in ("one", "two")]
     compared = [key for key in one if not re.search("running|num_batches|k_proj.bias", key)]
     moved = max(relative(two[key], one[key]) for key in compared)
-    print(f"  6 steps: losses and gradient norms within {worst:.1e}, weights {moved:.1e}")
+    print(f"  6 steps: gradient norms within {worst:.1e}, weights {moved:.1e}")
     assert worst < 1e-4 and moved < 1e-3
     one, two = [log_rows(tmp_path / name, "test")[6] for name in ("one", "two")]
     assert one["samples"] == two["samples"] == 31
@@ -1118,7 +1128,7 @@ def test_tiny_learns_to_follow_the_phrase(toy, tmp_path):
 def test_evaluate_command(trained, capsys):
     checkpoint = trained / "best.safetensors"
     call(evaluate.main, checkpoint, *CPU)
-    pattern = r"(?s)\| storagetank \|.*\ntest \| gIoU .* \| 32 phrases\n"
+    pattern = r"(?s)\| storagetank \|.*\ntest \| gIoU .* \| samples 32 \| both_empty 0\n"
     assert re.search(pattern, capsys.readouterr().out)
     report = json.loads((trained / "best.test.json").read_text())
     assert report["metrics"] == evaluate.scores(report["samples"])
@@ -1135,7 +1145,7 @@ def test_evaluate_command(trained, capsys):
 def test_windows_cover_a_scene_without_seams(trained, tmp_path, monkeypatch):
     """With a model that answers each pixel by its brightness, windows give the mask of the whole."""
     for length, tile in ((100, 30), (96, 96), (97, 96), (1000, 7)):
-        starts = rsrefseg.tile_starts(length, tile)
+        starts = data.tile_starts(length, tile)
         assert (starts[0], starts[-1] + tile) == (0, length)
         assert all(b - a <= tile / 2 + 1 for a, b in zip(starts, starts[1:]))
     seen = []
@@ -1155,7 +1165,7 @@ def test_windows_cover_a_scene_without_seams(trained, tmp_path, monkeypatch):
     Image.new("RGB", (40, 30)).save(tmp_path / "black.png")
     masks, scores = model.segment(tmp_path / "black.png", "the ship", tile=300)
     assert (masks.shape, masks.any(), scores.tolist(), len(seen)) == ((1, 30, 40), False, [0.0], 21)
-    with pytest.raises(ValueError, match=r"phrase '!\?' is empty"):
+    with pytest.raises(ValueError, match=r"empty: \['ship', '!\?'\]"):
         model.segment(scene, ["ship", "!?"])
 
 
@@ -1185,7 +1195,7 @@ def test_segment_command(trained, toy, tmp_path, capsys):
         assert 0.5 < record["score"] <= 1 or not record["area"]
     call(rsrefseg.main, tmp_path / "scenes" / "a.png", "the ship", *arguments, "--tile", 64)
     text = capsys.readouterr().out
-    assert re.match("'the ship': (nothing found|.* of the image, score .*) -> ", text)
+    assert re.match("'the ship': .*% of the image, score .* -> ", text)
 
 
 def test_masks_of_georeferenced_scenes(trained, toy, tmp_path):
@@ -1279,7 +1289,7 @@ def full_size_parity(size, forward_only, folder):
     theirs = fill(Assembly(size).eval())
     train_as_ours(theirs, size)
     state = theirs.state_dict()
-    official = {rsrefseg.official_name(key, 2): state[peft_name(key)]
+    official = {official_name(key): state[peft_name(key)]
                 for key in meta_model(size).state_dict()}
     torch.save(official, folder / "official.pth")
     for layer in theirs.sam.vision_encoder.layers:         # all attention matrices would take over 20 GB
@@ -1299,7 +1309,7 @@ def full_size_parity(size, forward_only, folder):
     rows = [(name, relative(intermediates[name], value), 1e-5) for name, value in stages.items()]
     rows.append(("mask logits", relative(logits, their_logits), 1e-5))
     if not forward_only:
-        ours.loss(logits, targets).backward()
+        train.segmentation_loss(logits, targets).backward()
         errors = []
         for name, parameter in parameters.items():
             expected = gradients[peft_name(name)].norm()
@@ -1348,7 +1358,7 @@ def bench_model(name, args):
             else:
                 logits, _ = model(images.repeat_interleave(args.phrases, 0), ids)
         if args.mode == "train":
-            RSRefSeg.loss(logits, targets).backward()
+            train.segmentation_loss(logits, targets).backward()
             optimizer.step()
             optimizer.zero_grad()
         logits.sum().item()                                                 # waits for the device

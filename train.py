@@ -32,16 +32,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import lora
-from data import FORMATS, RefSegDataset, collate, positive_int, run, worker_init
+from data import FORMATS, RefSegDataset, collate, run, worker_init
 from data import toy_tokenizer, write_toy
-from evaluate import evaluate, format_scores, picture_sheet, rank_and_world_size, scores
+from evaluate import evaluate, format_record, picture_sheet, rank_and_world_size, scores
 from rsrefseg import AMP, DEFAULT_AMP, DEVICE, SIGLIP_SIZE
 from rsrefseg import RSRefSeg, atomic_write, autocast, read_checkpoint
 from sam import CONFIGS, copy_tensors, read_state
 
-# `--sam tiny` has no pretrained towers: losses that teach them to agree, and few epochs at a high rate.
+# `--sam tiny` has no pretrained towers: a loss that teaches them to agree, few epochs at a high rate.
 TINY = dict(lora_rank=0, epochs=5, batch_size=8, total_batch=8, phrases=4, lr=1e-3, warmup_epochs=0.25,
-            clip=1.0, loss="bce+dice", map_loss=1.0, workers=0)
+            clip=1.0, map_loss=1.0, workers=0)
 
 # What may differ when a run is resumed. Data may move: run_config compares the samples, not the path.
 MAY_CHANGE = ("data", "dataset", "out", "siglip", "sam_weights", "init", "resume", "device",
@@ -76,28 +76,25 @@ def parse_args(argv=None):
     add("--down-blocks", 2, "stride-2 convolutions of the prompter", type=int, choices=[1, 2, 3])
     add("--prompts", "both", "which prompts SAM receives", choices=["both", "sparse", "dense"])
     add("--text", "both", "which text features the prompter uses", choices=["both", "local", "global"])
-    add("--epochs", 200, "passes over the training split", type=positive_int)
-    add("--batch-size", 4, "images per forward pass and process", type=positive_int)
-    add("--total-batch", 32, "images per optimizer step, by gradient accumulation", type=positive_int)
-    add("--phrases", 1, "phrases per image that share one encoding", type=positive_int)
+    add("--epochs", 200, "passes over the training split", type=int)
+    add("--batch-size", 4, "images per forward pass and process", type=int)
+    add("--total-batch", 32, "images per optimizer step, by gradient accumulation", type=int)
+    add("--phrases", 1, "phrases per image that share one encoding", type=int)
     add("--lr", 1e-4, "highest learning rate", type=float)
     add("--weight-decay", 0.05, "of AdamW, on all parameters", type=float)
     add("--warmup-epochs", 5, "epochs of linear warm-up", type=float)
     add("--clip", 0.0, "largest gradient norm; 0 does not clip", type=float)
-    add("--loss", "bce", "the paper's cross-entropy, or with a Dice loss", choices=["bce", "bce+dice"])
-    add("--map-loss", 0.0, "weight of the same loss on the sentence map", type=float)
+    add("--map-loss", 0.0, "weight of a second loss, on the sentence map", type=float)
     add("--device", DEVICE, "CUDA_VISIBLE_DEVICES selects the card", choices=["cuda", "cpu"])
     add("--amp", DEFAULT_AMP, "autocast type", choices=list(AMP))
     add("--checkpoint-activations", False, "recompute activations to save memory", action="store_true")
     add("--workers", 4, "processes that read images", type=int)
     add("--seed", 0, "of initial weights, order and dropout", type=int)
-    add("--save-every", 200, "steps between writings of resume.pt", type=positive_int)
-    add("--val-every", 1, "epochs between validations", type=positive_int)
+    add("--save-every", 200, "steps between writings of resume.pt", type=int)
+    add("--val-every", 1, "epochs between validations", type=int)
     args = parser.parse_args(argv)
     if sam == "tiny" and not args.init and (args.siglip or args.sam_weights or args.lora_rank):
         parser.error("tiny is trained from scratch: no --siglip, --sam-weights or --lora-rank")
-    if args.prompts == "sparse" and args.text == "local" and args.map_loss:
-        parser.error("--prompts sparse --text local does not use the sentence: give --map-loss 0")
     return args
 
 
@@ -128,15 +125,6 @@ def init_distributed(args):
     return rank_and_world_size()
 
 
-def all_reduce_mean(value, device):
-    """Returns the mean of a number over all processes."""
-    if not dist.is_initialized():
-        return value
-    tensor = torch.tensor(value, dtype=torch.float32, device=device)
-    dist.all_reduce(tensor)
-    return tensor.item() / dist.get_world_size()
-
-
 def load_data(args):
     """Returns the train, val and test sets. Draws the toy set if it is missing."""
     drawn = (args.data / "phrases.jsonl").exists()                     # the file that is written last
@@ -145,8 +133,7 @@ def load_data(args):
     if dist.is_initialized():
         dist.barrier()
     side = CONFIGS[args.sam].image
-    train_set = RefSegDataset(args.data, "train", side, args.phrases, cache=args.sam == "tiny",
-                              dataset=args.dataset)
+    train_set = RefSegDataset(args.data, "train", side, args.phrases, dataset=args.dataset)
     val_set = RefSegDataset(args.data, "val", side, dataset=args.dataset)
     test_set = RefSegDataset(args.data, "test", side, dataset=args.dataset)
     print(train_set, val_set, test_set, sep="\n")
@@ -157,6 +144,8 @@ def batches(dataset, args, step, steps_per_epoch):
     """Yields this process's training batches from optimizer step `step` on, without end. Each epoch is
     shuffled anew by (seed, epoch); the items that fill no whole step are left out."""
     rank, world_size = rank_and_world_size()
+    if args.sam == "tiny":
+        dataset = list(dataset)                                # small enough to be read only once
     while True:
         epoch, done = divmod(step, steps_per_epoch)
         generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
@@ -184,7 +173,8 @@ def initial_model(args):
             raise ValueError(f"{args.init} holds size {model.settings['sam']}, not --sam {args.sam}.")
         print(f"settings of {args.init}: {model.settings}")
     elif args.sam == "tiny":
-        model = RSRefSeg(**settings, tokenizer=toy_tokenizer())
+        model = RSRefSeg(**settings)
+        model.tokenizer = toy_tokenizer()
     else:
         sources = dict(siglip=args.siglip, sam_weights=args.sam_weights)
         model = RSRefSeg.from_pretrained(**sources, **settings, dtype=dtype)
@@ -232,11 +222,16 @@ def load_state(args, config, model, optimizer, scaler):
 
 # ------------------------------------------------------------------------------------- steps of the loop
 
+def segmentation_loss(logits, masks):
+    """5 x binary cross-entropy at the size of masks (N, 1, H, W), whose values are in [0, 1]."""
+    logits = F.interpolate(logits.float(), size=masks.shape[-2:], mode="bilinear")
+    return 5 * F.binary_cross_entropy_with_logits(logits, masks.float())
+
+
 def training_step(step, model, ddp_model, loader, optimizer, scaler, args):
     """One optimizer step on total_batch images. Returns this process's loss and the gradient norm.
     Raises ValueError, before the weights change, if either is not finite."""
     accumulate = args.total_batch // (args.batch_size * rank_and_world_size()[1])
-    dice = args.loss == "bce+dice"
     mean_loss = torch.zeros((), device=model.device)
     samples = []
     for i in range(accumulate):
@@ -251,11 +246,11 @@ def training_step(step, model, ddp_model, loader, optimizer, scaler, args):
         with nullcontext() if last or ddp_model is model else ddp_model.no_sync():
             with autocast(model.device, args.amp):
                 logits = ddp_model(images / 255, ids, token_mask, intermediates)
-            loss = model.loss(logits, masks, dice)
+            loss = segmentation_loss(logits, masks)
             if args.map_loss:                  # not in the paper: it teaches untrained towers to agree
                 sentence_map = intermediates["sentence_map"][:, None]
                 coverage = F.adaptive_avg_pool2d(masks.float(), sentence_map.shape[-2:])
-                loss = loss + args.map_loss * model.loss(sentence_map, coverage, dice)
+                loss = loss + args.map_loss * segmentation_loss(sentence_map, coverage)
             scaler.scale(loss / accumulate).backward()
         mean_loss += loss.detach() / accumulate
     scaler.unscale_(optimizer)
@@ -271,32 +266,20 @@ def training_step(step, model, ddp_model, loader, optimizer, scaler, args):
     return loss, norm
 
 
-def log(args, text, **record):
-    """Print a line and append a record to log.jsonl. After a crash steps may repeat: the last counts."""
+def log(args, kind, step, record):
+    """Print a record and append it to log.jsonl. After a crash steps may repeat: the last counts."""
     if rank_and_world_size()[0] == 0:
         with tqdm.external_write_mode():               # moves the progress bar out of the way
-            print(text, flush=True)
+            print(format_record(f"{kind} step {step}", record), flush=True)
         with open(args.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-def log_step(args, step, total_steps, loss, lr, norm, seconds):
-    speed = args.total_batch / seconds
-    text = f"train step {step:06d}/{total_steps:06d} | loss {loss:.4f} | lr {lr:.2e} | gnorm {norm:.2f}"
-    text += f" | {seconds:.2f} s/it | {speed:.1f} img/s"
-    if args.device == "cuda":
-        text += f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    log(args, text, kind="train", step=step, loss=loss, lr=lr, gnorm=norm, images_per_second=speed)
+            file.write(json.dumps(dict(kind=kind, step=step, **record)) + "\n")
 
 
 def validate(model, val_set, step, best, args):
     """Score val, write the checkpoints and a picture of five samples. Returns the best gIoU so far."""
-    if dist.is_initialized():
-        for buffer in model.buffers():     # without SyncBatchNorm rank 0's BatchNorm statistics count
-            dist.broadcast(buffer, 0)
     rows = evaluate(model, val_set, args.batch_size, args.amp, args.workers)
     result = scores(rows)
-    log(args, format_scores(f"val   step {step:06d}", result), kind="val", step=step, **result)
+    log(args, "val", step, result)
     if rank_and_world_size()[0] == 0:
         metadata = dict(step=step, val=result, data=str(args.data.absolute()), dataset=args.dataset)
         model.save(args.out / "last.safetensors", **metadata)
@@ -314,11 +297,10 @@ def main(argv=None):
     rank, world_size = init_distributed(args)
     if rank > 0:
         sys.stdout = open(os.devnull, "w")                             # only rank 0 prints
-    exists = (args.out / "resume.pt").exists()
-    if args.resume and not exists:
+    resumable = (args.out / "resume.pt").exists()
+    if args.resume and not resumable:
         raise ValueError(f"{args.out} holds no run to resume.")
-    exists = exists or (args.out / "best.safetensors").exists()
-    if exists and not args.resume:
+    if not args.resume and (resumable or (args.out / "best.safetensors").exists()):
         raise ValueError(f"{args.out} holds a run: give --resume, or another --out.")
 
     # Data
@@ -359,7 +341,10 @@ def main(argv=None):
     model.train()
     while True:
         step = progress["step"]
-        if all_reduce_mean(len(received), model.device) > 0:          # a signal to one process stops all
+        stop = torch.tensor(len(received), device=args.device)
+        if world_size > 1:
+            dist.all_reduce(stop)                                     # a signal to one process stops all
+        if stop:
             save_state(args, config, progress, model, optimizer, scaler)
             print(f"stopped after step {step} of {total_steps}: continue with --resume", flush=True)
             sys.exit(128 + signal.SIGTERM)                            # also for Ctrl-C
@@ -378,12 +363,12 @@ def main(argv=None):
             group["lr"] = lr
         start = time.perf_counter()
         loss, norm = training_step(step, model, ddp_model, loader, optimizer, scaler, args)
-        seconds = time.perf_counter() - start
+        speed = args.total_batch / (time.perf_counter() - start)
         progress["step"] = step + 1
         bar.update()
         if (step + 1) % 50 == 0 or (step + 1) % steps_per_epoch == 0:
-            loss = all_reduce_mean(loss, model.device)
-            log_step(args, step + 1, total_steps, loss, lr, norm, seconds)
+            record = dict(loss=loss, lr=lr, gradient_norm=norm, images_per_second=speed)
+            log(args, "train", step + 1, record)
         if (step + 1) % args.save_every == 0 or (step + 1) % steps_per_epoch == 0:
             save_state(args, config, progress, model, optimizer, scaler)
     bar.close()
@@ -396,7 +381,7 @@ def main(argv=None):
     best = args.out / "best.safetensors"
     copy_tensors(read_checkpoint(best)[1], model.checkpoint_state_dict(), best)
     result = scores(evaluate(model, test_set, args.batch_size, args.amp, args.workers))
-    log(args, format_scores("test ", result), kind="test", step=step, **result)
+    log(args, "test", step, result)
     if dist.is_initialized():
         dist.destroy_process_group()
 
