@@ -217,8 +217,8 @@ class RefSegDataset(Dataset):
         files = {path for ref in self.refs for path in (ref.image, ref.mask) if isinstance(path, Path)}
         problems += [f"{path} is missing" for path in sorted(files) if not path.is_file()]
         if problems or not self.refs:
-            raise ValueError(f"the {split} split of {root} has {len(self.refs)} phrases, {len(problems)} "
-                             f"problems. Correct its lists and files: {', '.join(problems[:5])}")
+            raise ValueError(f"the {split} split of {root} has {len(self.refs)} phrases and "
+                             f"{len(problems)} problems. Correct its files: {', '.join(problems[:5])}")
         groups = {}
         for i, ref in enumerate(self.refs):
             groups.setdefault(ref.image if phrases > 1 else i, []).append(ref)

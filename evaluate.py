@@ -94,7 +94,7 @@ def format_record(title, record):
     """Returns one line, "title | name value | name value"."""
     parts = [title]
     for name, value in record.items():
-        parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+        parts.append(f"{name} {value:#.4g}" if isinstance(value, float) else f"{name} {value}")
     return " | ".join(parts)
 
 

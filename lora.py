@@ -22,7 +22,7 @@ class LoRA(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scale = alpha / r
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         kwargs = dict(bias=False, device=base.weight.device)    # no dtype: fp32, also on a bf16 base
         if isinstance(base, nn.Linear):
             self.A = nn.Linear(base.in_features, r, **kwargs)
@@ -36,7 +36,10 @@ class LoRA(nn.Module):
     def forward(self, x):
         if torch.is_autocast_enabled(x.device.type):        # cast once for base and adapter
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return self.base(x) + self.B(self.A(self.dropout(x)) * self.scale)
+        dropped = x
+        if self.training and self.dropout:                  # F.dropout takes more memory on a CPU
+            dropped, _ = torch.native_dropout(x, self.dropout, True)
+        return self.base(x) + self.B(self.A(dropped) * self.scale)
 
     def delta(self):
         """Returns what the adapter adds to the base weight, in its shape."""
@@ -114,7 +117,7 @@ def save_peft(model, folder):
         tensors[f"base_model.model.{name}.lora_A.weight"] = layer.A.weight.detach().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = layer.B.weight.detach().contiguous()
     r = len(layer.A.weight)                    # every layer has the same
-    config = dict(peft_type="LORA", r=r, lora_alpha=layer.scale * r, lora_dropout=layer.dropout.p,
+    config = dict(peft_type="LORA", r=r, lora_alpha=layer.scale * r, lora_dropout=layer.dropout,
                   bias="none", target_modules=list(layers), inference_mode=True)
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(folder, "adapter_model.safetensors"), {"format": "pt"})

@@ -86,10 +86,10 @@ def window_unpartition(windows, H, W):
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :H, :W]
 
 
-def biased_attention(q, row_bias, column_bias, k, v):
-    """softmax(q.k + bias) v for m queries (B, heads, m, d) and all n * n keys. row_bias and column_bias
-    (B, heads, m, n) hold the bias that a query gives to each row and to each column of the keys."""
-    scores = (q @ k.transpose(2, 3)).unflatten(3, (row_bias.shape[3], -1))  # (..., key row, column)
+def attend_row(q, k, v, row_bias, column_bias):
+    """softmax(q.k + bias) v for the queries of one row of the grid, (B, heads, n, d), and all keys. The
+    biases (B, heads, n, n) hold for each query a number per row and a number per column of the keys."""
+    scores = (q @ k.transpose(2, 3)).unflatten(3, (q.shape[2], -1))     # (..., key row, key column)
     scores += row_bias[..., None]
     scores += column_bias[..., None, :]
     return scores.flatten(3).softmax(-1) @ v
@@ -102,8 +102,7 @@ class Attention(nn.Module):
 
     As an n^2 x n^2 matrix the bias of one global layer of SAM-b takes 0.4 GB per image in bf16. But it
     is an inner product too: append q Rh and q Rw to each query, and to each key the one-hot codes of the
-    key's own row and column. Plain attention on these longer vectors then adds the bias by itself, in
-    one of CUDA's fused kernels. On a CPU the formula as it stands is faster."""
+    key's own row and column. Plain attention on these longer vectors then adds the bias by itself."""
 
     def __init__(self, width, heads, n):
         super().__init__()
@@ -122,26 +121,30 @@ class Attention(nn.Module):
         position = torch.arange(n, device=x.device)
         offset = position[:, None] - position + n - 1                   # (n, n), 0 to 2n - 2
         grid = q.unflatten(2, (n, n))
-        row_bias = torch.einsum("bhyxd,ykd->bhyxk", grid, self.rel_pos_h[offset]).flatten(2, 3)
-        column_bias = torch.einsum("bhyxd,xkd->bhyxk", grid, self.rel_pos_w[offset]).flatten(2, 3)
+        row_bias = torch.einsum("bhyxd,ykd->bhyxk", grid, self.rel_pos_h[offset])
+        column_bias = torch.einsum("bhyxd,xkd->bhyxk", grid, self.rel_pos_w[offset])
 
         q = q * d ** -0.5
-        if x.is_cuda:
-            one_hot = torch.eye(n, dtype=k.dtype, device=k.device)
-            codes = torch.cat([one_hot.repeat_interleave(n, 0), one_hot.repeat(n, 1)], 1)
-            q = torch.cat([q, row_bias, column_bias], -1)
-            k = torch.cat([k, codes.expand(B, self.heads, -1, -1)], -1)    # (B, heads, n * n, d + 2n)
-            v = F.pad(v, (0, 2 * n))                       # fused kernels want q, k and v of one width
-            x = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
-        else:
-            # A large grid goes row by row, so that the scores stay in a CPU's cache. They are not kept:
-            # the backward pass computes them again.
-            parts = n if n > 32 else 1
+        # The fused kernel is the fastest on CUDA, and in bf16 on Intel CPUs with matrix units (AMX).
+        fused = x.is_cuda or (q.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
+        if n > 32 and not fused:
+            # Row by row the scores stay in a CPU's cache. The backward pass computes them again.
             k = k.contiguous()
             v = v.contiguous()
-            queries = zip(q.chunk(parts, 2), row_bias.chunk(parts, 2), column_bias.chunk(parts, 2))
-            x = torch.cat([checkpoint(biased_attention, *part, k, v, use_reentrant=False)
-                           for part in queries], 2)
+            rows = []
+            for q_row, *biases in zip(q.chunk(n, 2), row_bias.unbind(2), column_bias.unbind(2)):
+                rows.append(checkpoint(attend_row, q_row, k, v, *biases, use_reentrant=False))
+            x = torch.cat(rows, 2)
+        else:
+            one_hot = torch.eye(n, dtype=k.dtype, device=k.device)
+            codes = torch.cat([one_hot.repeat_interleave(n, 0), one_hot.repeat(n, 1)], 1)
+            q = torch.cat([q, row_bias.flatten(2, 3), column_bias.flatten(2, 3)], -1)
+            k = torch.cat([k, codes.expand(B, self.heads, -1, -1)], -1)    # (B, heads, n * n, d + 2n)
+            if fused:
+                v = F.pad(v, (0, 2 * n))                   # fused kernels want q, k and v of one width
+                x = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
+            else:                                          # faster on other CPUs than the fused kernel
+                x = (q @ k.transpose(2, 3)).softmax(-1) @ v
         return self.proj(x.transpose(1, 2).reshape(B, n, n, D))
 
 

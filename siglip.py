@@ -56,9 +56,11 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, heads, L, D / heads)
         k = self.k_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        if x.is_cuda or mask is not None:
+        # The fused kernel is the fastest on CUDA, and in bf16 on Intel CPUs with matrix units (AMX).
+        fused = x.is_cuda or (q.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
+        if fused or mask is not None:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        else:              # the same, faster on a CPU: the scores of four heads stay in its cache
+        else:              # the same, faster elsewhere: the scores of four heads stay in a CPU's cache
             parts = zip((q * q.shape[-1] ** -0.5).split(4, 1), k.split(4, 1), v.split(4, 1))
             x = torch.cat([(a @ b.transpose(2, 3)).softmax(-1) @ c for a, b, c in parts], 1)
         return self.out_proj(x.transpose(1, 2).flatten(2))
