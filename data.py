@@ -530,7 +530,7 @@ def toy_scene(seed, index):
     return image, [rows[i] for i in rng.permutation(len(rows))[:4]]
 
 
-def write_toy(root, train=3000, val=100, test=320, seed=0):
+def write_toy(root, train=2800, val=100, test=320, seed=0):
     """Draw a toy data set into a folder. Raises ValueError if it already holds one."""
     root = Path(root)
     if any((root / marker).exists() for marker, *_ in FORMATS.values()):
@@ -583,7 +583,7 @@ def main(argv=None):
     command.add_argument("dir", type=Path)
     command = commands.add_parser("toy", help="draw a toy data set")
     command.add_argument("dir", type=Path)
-    command.add_argument("--train", type=int, default=3000, help="scenes, of four phrases each")
+    command.add_argument("--train", type=int, default=2800, help="scenes, of four phrases each")
     command.add_argument("--val", type=int, default=100)
     command.add_argument("--test", type=int, default=320)
     command.add_argument("--seed", type=int, default=0)
