@@ -139,7 +139,7 @@ def explain(model, image, phrase, side=256):
     masks, _ = model.segment(image, phrase, intermediates=intermediates)
     word_map = intermediates["word_map"][0]
     tokens = model.tokenizer.encode(canonical(phrase)).tokens
-    names = [f"word map: {token.strip('▁')}" for token in tokens]
+    names = [f"word map: {token.strip('▁')}" for token in tokens[:len(word_map)]]
     names += ["mean of the word maps", "sentence map"]
     maps = [*word_map, word_map.mean(0), intermediates["sentence_map"][0].sigmoid()]
     cells = [(f"{name}, {values.min():.2g} to {values.max():.2g}", heatmap(image, values, side))
