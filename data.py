@@ -48,8 +48,8 @@ def to_rgb(image):
     their 98th percentile; those that are not finite, or "no data" in a GeoTIFF, become black."""
     if image.mode.startswith(("I", "F")):
         values = np.array(image, dtype=np.float32)
-        no_data = getattr(image, "tag_v2", {}).get(42113, "nan")  # GDAL_NODATA, a string
-        valid = np.isfinite(values) & (values != np.float32(no_data.strip(" \0")))
+        no_data = getattr(image, "tag_v2", {}).get(42113, "").strip(" \0")  # GDAL_NODATA, a string
+        valid = np.isfinite(values) & (values != np.float32(no_data or "nan"))
         low, high = np.percentile(values[valid], (2, 98)) if valid.any() else (0, 1)
         if low == high and valid.any():  # nearly all pixels have one value: a scene at night, radar
             low, high = values[valid].min(), values[valid].max()
@@ -161,7 +161,7 @@ FORMATS = {  # name -> what identifies it, tried in this order; its reader; its 
     "risbench": ("img_rgb", read_risbench, "train 26,300, val 10,013, test 16,159"),
     "refsegrs": ("output_phrase_train.txt", read_refsegrs, "train 2,172, val 431, test 1,817")}
 HUB = {  # repository, where its zip goes, a file at the top of the zip
-    "rrsisd": ("VoyageWang/rrsis-d", "images/rrsisd/JPEGImages", "*.jpg"),
+    "rrsisd": ("VoyageWang/rrsis-d", "images/rrsisd/JPEGImages", "[!.]*.jpg"),
     "refsegrs": ("JessicaYuan/RefSegRS", "", "output_phrase_train.txt")}
 
 
@@ -217,8 +217,8 @@ class RefSegDataset(Dataset):
         files = {path for ref in self.refs for path in (ref.image, ref.mask) if isinstance(path, Path)}
         problems += [f"{path} is missing" for path in sorted(files) if not path.is_file()]
         if problems or not self.refs:
-            raise ValueError(f"the {split} split of {root} has {len(self.refs)} phrases and "
-                             f"{len(problems)} problems. Correct its files: {', '.join(problems[:5])}")
+            raise ValueError(f"the {split} split of {root} has {len(self.refs)} phrases (it needs some) "
+                             f"and {len(problems)} problems to correct: {', '.join(problems[:5])}")
         groups = {}
         for i, ref in enumerate(self.refs):
             groups.setdefault(ref.image if phrases > 1 else i, []).append(ref)
@@ -286,7 +286,7 @@ def check(root, dataset=None):
         cells.append((f"{ref.split}: {ref.phrase}", picture))
     if cells:
         contact_sheet(cells, 4, 300).save(root / "check.jpg", quality=90)
-    print(f"wrote {root}/check.jpg")
+        print(f"wrote {root}/check.jpg")
     if len(good) < len(refs) or len(counts) < 3:
         raise ValueError(f"training would fail: {len(refs) - len(good)} bad rows, phrases {counts}.")
 

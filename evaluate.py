@@ -151,7 +151,8 @@ def explain(model, image, phrase, side=256):
 def bench(size, batch_size, device, amp, calls=10):
     """Returns a line: images a second, with a phrase of 10 tokens each, and peak memory on CUDA. Random
     weights; the median of `calls` calls after a warm-up."""
-    model = RSRefSeg(size, dtype=AMP[amp] or torch.float32).eval().to(device)
+    lora_rank = 0 if size == "tiny" else 16
+    model = RSRefSeg(size, lora_rank, dtype=AMP[amp] or torch.float32).eval().to(device)
     images = torch.rand(batch_size, 3, model.image_size, model.image_size, device=device)
     ids = torch.randint(3, 100, (batch_size, 10), device=device)
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -197,8 +198,9 @@ def main(argv=None):
     dtype = AMP[args.amp] or torch.float32
     model = RSRefSeg.from_checkpoint(args.checkpoint, args.siglip, args.sam_weights, dtype)
     model.to(args.device)
-    dataset = args.dataset or metadata.get("dataset")
-    dataset = RefSegDataset(data, args.split, model.image_size, dataset=dataset)
+    if args.data is None and args.dataset is None:
+        args.dataset = metadata.get("dataset")
+    dataset = RefSegDataset(data, args.split, model.image_size, dataset=args.dataset)
     rows = evaluate(model, dataset, args.batch_size or 8, args.amp, args.workers, args.shuffle_phrases)
     result = scores(rows)
     name = f"shuffled.{args.split}" if args.shuffle_phrases else args.split
