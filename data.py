@@ -86,10 +86,9 @@ def resize_mask(mask, height, width):
 
 
 def decode_rle(counts, height, width):
-    """COCO's compressed run lengths (a string) -> mask (height, width) bool. Raises ValueError.
-    Runs of 0s and 1s alternate, column by column. A run is a number in base 32, lowest digit first; the
-    last digit is the character 48 + digit, the others 80 + digit. From the fourth run on, the number is
-    the difference to the run two before."""
+    """COCO's compressed run lengths -> mask (height, width) bool. Raises ValueError. Runs of 0s and 1s
+    alternate, column by column. A run is a number in base 32, lowest digit first: the last is character
+    48 + digit, the others 80 + digit. From the fourth run on it is the change from two runs before."""
     runs = []
     for number in re.findall("[P-o]*[0-O]", counts):
         value = sum(((ord(digit) - 48) & 31) << 5 * i for i, digit in enumerate(number))
@@ -203,10 +202,10 @@ def read_mask(ref):
 
 
 class RefSegDataset(Dataset):
-    """One split of a data set. An item is a dict of one image with k = `phrases` of its phrases: image
-    (3, S, S) uint8, size (H, W) of its file, masks (k, 1, S, S) bool, and refs, k rows. With k = 1, as
-    in the paper, every phrase is an item. With k > 1 an image's phrases are dealt out k at a time, the
-    last group filled up from the first. Raises ValueError for missing files, phrases or splits."""
+    """One split of a data set. An item is a dict of an image with k = `phrases` phrases: image (3, S, S)
+    uint8, masks (k, 1, S, S) bool, originals, the k masks (H, W) bool at the image's size, refs, k rows.
+    With k = 1, as in the paper, every phrase is an item; else an image's phrases are dealt out k at a
+    time, the last group filled up from the first. Raises ValueError for missing files or phrases."""
 
     def __init__(self, root, split, side, phrases=1, dataset=None):
         self.split = split
@@ -231,9 +230,11 @@ class RefSegDataset(Dataset):
     def __getitem__(self, index):
         refs = self.items[index]
         image = read_image(refs[0].image)
-        masks = np.stack([resize_mask(read_mask(ref), self.side, self.side) for ref in refs])
-        return dict(image=image_tensor(image, self.side), size=(image.height, image.width),
-                    masks=torch.from_numpy(masks)[:, None], refs=refs)
+        # Two masks of RRSIS-D differ in size from their image.
+        originals = [resize_mask(read_mask(ref), image.height, image.width) for ref in refs]
+        masks = np.stack([resize_mask(mask, self.side, self.side) for mask in originals])
+        return dict(image=image_tensor(image, self.side), masks=torch.from_numpy(masks)[:, None],
+                    originals=originals, refs=refs)
 
     def __str__(self):
         images = {ref.image for ref in self.refs}
@@ -241,30 +242,30 @@ class RefSegDataset(Dataset):
 
 
 def collate(items):
-    """Items -> images (B, 3, S, S) uint8, sizes, masks (N, 1, S, S) bool, refs."""
+    """Items -> images (B, 3, S, S) uint8, masks (N, 1, S, S) bool, originals, refs."""
     return dict(images=torch.stack([item["image"] for item in items]),
-                sizes=[item["size"] for item in items],
                 masks=torch.cat([item["masks"] for item in items]),
+                originals=[mask for item in items for mask in item["originals"]],
                 refs=[ref for item in items for ref in item["refs"]])
 
 
 # ----------------------------------------------------------------------------- check, download, pictures
 
 def check_row(ref):
-    """Open a row's image and mask. Returns a line per defect; with an "error" training would fail."""
+    """Open a row's image and mask. Returns its defects [("error" or "warning", text)]."""
     row = f"{ref.split}, ref_id {ref.ref_id}, {ref.image.name}"
     defects = []
     if not re.search(r"[^\W_]", ref.phrase):
-        defects.append(f"error: {row}: the phrase {ref.phrase!r} is empty")
+        defects.append(("error", f"{row}: the phrase {ref.phrase!r} is empty"))
     try:
         image = read_image(ref.image)
         mask = read_mask(ref)
     except (OSError, ValueError) as error:
-        return [*defects, f"error: {row}: {error}"]
+        return [*defects, ("error", f"{row}: {error}")]
     if mask.shape != (image.height, image.width):
-        defects.append(f"warning: {row}: the mask has another size than the image")
+        defects.append(("warning", f"{row}: the mask has another size than the image"))
     if not mask.any():
-        defects.append(f"warning: {row}: the mask is empty")
+        defects.append(("warning", f"{row}: the mask is empty"))
     return defects
 
 
@@ -276,9 +277,9 @@ def check(root, dataset=None):
     found = [check_row(ref) for ref in tqdm(refs, f"checking {root}")]
     counts = dict(Counter(ref.split for ref in refs))
     print(f"{dataset}: {counts} phrases. Published: {FORMATS[dataset][2]}")
-    for defect in sum(found, []):
-        print(defect)
-    good = [ref for ref, defects in zip(refs, found) if not any(d.startswith("error") for d in defects)]
+    for kind, text in sum(found, []):
+        print(f"{kind}: {text}")
+    good = [ref for ref, defects in zip(refs, found) if "error" not in dict(defects)]
     cells = []
     for ref in good[::len(good) // 12 + 1]:  # up to 12
         image = read_image(ref.image).resize((300, 300))
@@ -417,7 +418,7 @@ def place_objects(rng, terrain):
     categories = rng.permutation(list(OBJECTS))[:3]
     tries = zip(rng.choice(categories, 60), rng.choice(list(SIZES), 60), rng.random((60, 4)))
     objects = []
-    for category, size, (colour, x, y, turn) in tries:
+    for category, size, (colour, x, y, turn) in tries:  # the four numbers are uniform in [0, 1)
         colours = OBJECTS[category][1].split()
         reach = 0.58 * SIZES[size]  # from the centre to the farthest corner
         item = SimpleNamespace(category=str(category), size=str(size), angle=2 * math.pi * turn,
@@ -548,8 +549,7 @@ def write_toy(root, train=2800, val=100, test=320, seed=0):
             Image.fromarray(item.mask).save(root / "masks" / mask)
             row = dict(image=name, mask=mask, phrase=phrase, split=split, category=item.category)
             lines.append(json.dumps(row))
-    # It marks a complete data set, so it is written last.
-    (root / "phrases.jsonl").write_text("\n".join(lines))
+    (root / "phrases.jsonl").write_text("\n".join(lines))  # last: it marks a complete data set
 
 
 # --------------------------------------------------------------------------------------------- commands

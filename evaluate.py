@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import FORMATS, SPLITS, RefSegDataset, collate, worker_init
-from data import contact_sheet, heatmap, overlay, read_image, read_mask, resize_mask, run
+from data import contact_sheet, heatmap, overlay, read_image, run
 from rsrefseg import AMP, DEFAULT_AMP, DEVICE, SIGLIP_SIZE
 from rsrefseg import RSRefSeg, autocast, read_checkpoint, resize_logits
 from siglip import canonical
@@ -75,9 +75,9 @@ def evaluate(model, dataset, batch_size, amp="off", workers=0, shuffle_phrases=F
         given = phrases[len(rows):len(rows) + len(refs)]       # those of this batch
         with autocast(model.device, amp):
             logits = model(batch["images"].to(model.device) / 255, *model.tokenize(given))
-        for ref, phrase, size, logit in zip(refs, given, batch["sizes"], logits):
-            mask = resize_logits(logit[None], model.image_size, *size)[0].cpu().numpy() > 0
-            target = resize_mask(read_mask(ref), *size)
+        for ref, phrase, target, logit in zip(refs, given, batch["originals"], logits):
+            mask = resize_logits(logit[None], model.image_size, *target.shape)[0] > 0
+            mask = mask.cpu().numpy()
             intersection = int((mask & target).sum())
             union = int((mask | target).sum())
             rows.append(dict(ref_id=ref.ref_id, image=str(ref.image), phrase=phrase,
@@ -125,10 +125,9 @@ def picture_sheet(model, dataset, rows, indices, side=224):
         masks, _ = model.segment(image, row["phrase"], intermediates=intermediates)
         word_map = intermediates["word_map"][0].mean(0)
         sentence_map = intermediates["sentence_map"][0].sigmoid()
-        target = resize_mask(read_mask(dataset.refs[index]), image.height, image.width)
+        target = overlay(image, dataset[index]["originals"][0], (40, 255, 40))
         cells += [(row["phrase"], image), ("word maps, mean", heatmap(image, word_map, side)),
-                  ("sentence map", heatmap(image, sentence_map, side)),
-                  ("target", overlay(image, target, (40, 255, 40))),
+                  ("sentence map", heatmap(image, sentence_map, side)), ("target", target),
                   (f"prediction, IoU {row['iou']:.2f}", overlay(image, masks[0]))]
     return contact_sheet(cells, 5, side)
 

@@ -208,7 +208,7 @@ class RSRefSeg(nn.Module):
         w = min(tile or image.width, image.width)
         corners = [(y, x) for y in tile_starts(image.height, h) for x in tile_starts(image.width, w)]
         # Blend weights of a window's pixels, lowest at its borders, so that no seam shows.
-        blend = torch.outer(*[torch.hann_window(n, periodic=False) + 1e-4 for n in (h, w)])
+        blend = torch.hann_window(h)[:, None] * torch.hann_window(w) + 1e-4
         logits = torch.zeros(len(ids), image.height, image.width)
         weights = torch.zeros(image.height, image.width)
         for y, x in tqdm(corners, "windows", disable=len(corners) == 1):
@@ -230,7 +230,9 @@ class RSRefSeg(nn.Module):
         load_siglip(lora.base_state_dict(self.siglip), fetch(siglip, "model.safetensors"))
         load_sam(lora.base_state_dict(self.sam), fetch(sam_weights, "model.safetensors"))
         if self.settings["lora_rank"]:
-            self.backbones = dict(siglip=str(siglip), sam=str(sam_weights))
+            sources = dict(siglip=siglip, sam=sam_weights)          # a file is found from any folder
+            self.backbones = {tower: str(Path(source).absolute()) if Path(source).exists() else source
+                              for tower, source in sources.items()}
         return self
 
     @classmethod
@@ -265,8 +267,8 @@ class RSRefSeg(nn.Module):
         elif "tokenizer" in metadata:
             model.tokenizer = Tokenizer.from_str(metadata["tokenizer"])
         else:                                                       # of the released code
-            tokenizer = fetch(siglip or HUB["siglip"][0], "tokenizer.json")
-            model.tokenizer = Tokenizer.from_file(str(tokenizer))
+            siglip = siglip or HUB["siglip"][0]
+            model.tokenizer = Tokenizer.from_file(str(fetch(siglip, "tokenizer.json")))
         copy_tensors(tensors, model.checkpoint_state_dict(), path)
         return model.eval()
 
@@ -280,8 +282,7 @@ def resize_logits(logits, image_size, height, width):
 
 
 def read_checkpoint(path):
-    """Returns what `save` wrote: metadata, among them the model's settings, and {name: tensor}. Of a
-    checkpoint of the released code, settings and tensors under our names."""
+    """Returns the metadata, with the model's settings, and {name: tensor}, of either kind of file."""
     state = read_state(path)
     if str(path).endswith(".safetensors"):
         with safe_open(path, "pt") as file:
@@ -405,9 +406,8 @@ def segment_file(model, path, args):
             explain(model, image, phrase).save(files["explained"])
         if args.json:
             box = Image.fromarray(mask).getbbox()
-            area = int(mask.sum())
-            record = dict(image=str(path), phrase=phrase, area=area, box=box, score=score, **files)
-            print(json.dumps(record), flush=True)
+            record = dict(image=str(path), phrase=phrase, area=int(mask.sum()), box=box, score=score)
+            print(json.dumps(record | files), flush=True)
         else:
             found = f"{mask.mean():.1%} of the image, score {score:.2f}"
             print(f"{phrase!r}: {found} -> {', '.join(files.values())}", flush=True)

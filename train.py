@@ -145,7 +145,7 @@ def batches(dataset, args, step, steps_per_epoch):
     shuffled anew by (seed, epoch); the items that fill no whole step are left out."""
     rank, world_size = rank_and_world_size()
     if args.sam == "tiny":
-        dataset = list(dataset)                                # small enough to be read only once
+        dataset = [dict(item, originals=[]) for item in dataset]      # small: read only once
     while True:
         epoch, done = divmod(step, steps_per_epoch)
         generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
