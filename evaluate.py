@@ -64,6 +64,9 @@ def evaluate(model, dataset, batch_size, amp="off", workers=0, shuffle_phrases=F
     """
     model.eval()
     rank, world_size = rank_and_world_size()
+    if world_size > 1:
+        for buffer in model.buffers():         # statistics of BatchNorm, which only CUDA synchronises
+            dist.broadcast(buffer, 0)
     shift = len(dataset) // 2 if shuffle_phrases else 0
     indices = range(rank, len(dataset), world_size)
     phrases = [dataset.refs[(index + shift) % len(dataset)].phrase for index in indices]

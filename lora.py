@@ -39,12 +39,11 @@ class LoRA(nn.Module):
         dropped = x
         if self.training and self.dropout:                  # F.dropout takes more memory on a CPU
             dropped, _ = torch.native_dropout(x, self.dropout, True)
+        if isinstance(self.base, nn.Linear):                # the last line, added in place: y is large
+            y = self.base(x.flatten(0, -2))
+            y.addmm_(self.A(dropped).flatten(0, -2), self.B.weight.t().to(y.dtype), alpha=self.scale)
+            return y.view(*x.shape[:-1], -1)
         return self.base(x) + self.B(self.A(dropped) * self.scale)
-
-    def delta(self):
-        """Returns what the adapter adds to the base weight, in its shape."""
-        product = self.B.weight.flatten(1) @ self.A.weight.flatten(1)
-        return (self.scale * product).view_as(self.base.weight)
 
 
 def inject(model, targets, r=16, alpha=16, dropout=0.0):
@@ -74,7 +73,8 @@ def adapted_layers(model):
 def merge(model):
     """Add every adapter to its base weight and remove it, for inference."""
     for name, layer in adapted_layers(model).items():
-        layer.base.weight += layer.delta()
+        product = layer.B.weight.flatten(1) @ layer.A.weight.flatten(1)
+        layer.base.weight += (layer.scale * product).view_as(layer.base.weight)
         model.set_submodule(name, layer.base)
 
 
