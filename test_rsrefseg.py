@@ -1205,8 +1205,8 @@ def test_masks_of_georeferenced_scenes(trained, toy, tmp_path):
 
 def test_bad_input_ends_in_one_line(tmp_path):
     """`data.run` prints the message instead of a traceback, also that of a process that reads images."""
-    text = run("evaluate.py", tmp_path / "absent.safetensors", fails=True)
-    assert re.fullmatch("error: .*absent.safetensors.*\n", text)
+    assert re.fullmatch("error: .*absent.*\n", run("evaluate.py", tmp_path / "absent.pth", fails=True))
+    pytest.raises(SystemExit, train.parse_args, ["--batch-size", "0"])
 
     def main():
         raise ValueError("Caught in DataLoader worker process 0.\nTraceback\nValueError: a.jpg is cut")

@@ -32,8 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import lora
-from data import FORMATS, RefSegDataset, collate, run, worker_init
-from data import toy_tokenizer, write_toy
+from data import FORMATS, RefSegDataset, collate, run, toy_tokenizer, worker_init, write_toy
 from evaluate import evaluate, format_record, picture_sheet, rank_and_world_size, scores
 from rsrefseg import AMP, DEFAULT_AMP, DEVICE, SIGLIP_SIZE
 from rsrefseg import RSRefSeg, atomic_write, autocast, read_checkpoint
@@ -95,6 +94,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if sam == "tiny" and not args.init and (args.siglip or args.sam_weights or args.lora_rank):
         parser.error("tiny is trained from scratch: no --siglip, --sam-weights or --lora-rank")
+    if min(args.epochs, args.batch_size, args.total_batch, args.save_every, args.val_every) < 1:
+        parser.error("--epochs, --batch-size, --total-batch, --save-every, --val-every: at least 1")
     return args
 
 
@@ -103,8 +104,7 @@ def learning_rate(step, steps_per_epoch, args):
 
     The released code lowers the rate once per epoch, along a cosine from epoch 5 to 205 that is cut off
     at 200. To imitate it, pass --epochs 205, round `step` down to whole epochs here after the warm-up,
-    and stop the run after epoch 200.
-    """
+    and stop the run after epoch 200."""
     warmup = args.warmup_epochs * steps_per_epoch
     total = args.epochs * steps_per_epoch
     if step < warmup:                                           # the last warm-up step has the full rate
