@@ -7,8 +7,8 @@
     own         phrases.jsonl of {image, mask, phrase, split}, images/, masks/ (foreground is above 0)
 
 `python data.py check DIR` opens every file and lists every defect, `download rrsisd DIR` fetches a set,
-`toy DIR` draws the toy. Its phrases name an object by colour, size, place or neighbour and are true of
-that object alone, although most stand beside others of their class. It is stored as `own` data are.
+`toy DIR` draws the toy, in the format `own`. A phrase names an object by colour, size, place or
+neighbour and is true of it alone, although most objects stand beside others of their class.
 Shapes: B images, k phrases per image, N = B k, S side of the model's input, H W an image's size.
 """
 import argparse
@@ -105,9 +105,10 @@ def decode_rle(counts, height, width):
 # -------------------------------------------------------------------------------------------- data sets
 
 def read_lines(path, parse=str):
-    """Return [("file:line", parsed text)] of the lines that are not blank."""
-    lines = path.read_text("utf-8-sig").split("\n")
-    return [(f"{path.stem}:{i}", parse(line.strip())) for i, line in enumerate(lines, 1) if line.strip()]
+    """Yield ("file:line", parsed text) of the lines that are not blank."""
+    for i, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
+        if line.strip():
+            yield f"{path.stem}:{i}", parse(line.strip())
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -124,33 +125,33 @@ def read_rrsisd(root):
     names = {row["id"]: row["name"] for row in instances["categories"]}
     masks = {row["id"]: row["segmentation"][0] for row in instances["annotations"]}
     images = root / "images" / "rrsisd" / "JPEGImages"
-    return [Ref(row["ref_id"], row["split"], images / row["file_name"],
-                row["sentences"][0]["sent"].strip(), names[row["category_id"]], masks[row["ann_id"]])
-            for row in rows]
+    for row in rows:
+        yield Ref(row["ref_id"], row["split"], images / row["file_name"],
+                  row["sentences"][0]["sent"].strip(), names[row["category_id"]], masks[row["ann_id"]])
 
 
 def read_own(root):
-    rows = read_lines(root / "phrases.jsonl", json.loads)
-    return [Ref(ref_id, row["split"], root / "images" / row["image"], row["phrase"].strip(),
-                row.get("category", "-"), root / "masks" / row["mask"]) for ref_id, row in rows]
+    for ref_id, row in read_lines(root / "phrases.jsonl", json.loads):
+        yield Ref(ref_id, row["split"], root / "images" / row["image"], row["phrase"].strip(),
+                  row.get("category", "-"), root / "masks" / row["mask"])
 
 
 def read_risbench(root):
-    rows = [row for path in sorted(root.glob("*.jsonl")) for row in read_lines(path, json.loads)]
-    refs = [Ref(ref_id, row["split"], root / "img_rgb" / row["file_name"], row["sent"].strip(), "-",
-                row["segmentation"]) for ref_id, row in rows]
-    return refs or read_refsegrs(root, "img_rgb", "mask", ".png")
+    files = sorted(root.glob("*.jsonl"))
+    rows = (row for path in files for row in read_lines(path, json.loads))
+    for ref_id, row in rows:
+        yield Ref(ref_id, row["split"], root / "img_rgb" / row["file_name"], row["sent"].strip(), "-",
+                  row["segmentation"])
+    if not files:
+        yield from read_refsegrs(root, "img_rgb", "mask", ".png")
 
 
 def read_refsegrs(root, images="images", masks="masks", suffix=".tif"):
-    refs = []
     for split in SPLITS:
         for ref_id, line in read_lines(root / f"output_phrase_{split}.txt"):
             name, _, phrase = line.partition(" ")
             file = name.removesuffix(suffix) + suffix
-            refs.append(Ref(ref_id, split, root / images / file, phrase.strip(), "-",
-                            root / masks / file))
-    return refs
+            yield Ref(ref_id, split, root / images / file, phrase.strip(), "-", root / masks / file)
 
 
 SPLITS = ("train", "val", "test")
@@ -170,17 +171,18 @@ def read_refs(root, dataset=None):
     root = Path(root)
     found = [name for name, (marker, *_) in FORMATS.items() if (root / marker).exists()]
     if not found and not dataset:
-        raise FileNotFoundError(f"no data set in {root.absolute()}. `data.py download` or `toy` makes "
-                                "one, the head of data.py describes the format of your own data.")
+        raise FileNotFoundError(f"no data set in {root.absolute()}. Name another folder with --data, or "
+                                "make one: see the head of data.py.")
     dataset = dataset or found[0]
+    refs = []
     try:
-        refs = FORMATS[dataset][1](root)
-        for ref in refs:
+        for ref in FORMATS[dataset][1](root):
             if ref.split not in SPLITS:
-                raise ValueError(f"split {ref.split!r} of ref_id {ref.ref_id} is not in {SPLITS}")
+                raise ValueError(f"split {ref.split!r} is not in {SPLITS}")
+            refs.append(ref)
     except Exception as error:  # whatever a damaged or missing list causes
-        raise ValueError(f"{root}: cannot read the lists of {dataset}: {type(error).__name__}: {error}. "
-                         "Correct them or fetch them again.") from error
+        raise ValueError(f"{root}: cannot read row {len(refs) + 1} of {dataset}, "
+                         f"{type(error).__name__}: {error}. Correct it or fetch it again.") from error
     return dataset, refs
 
 
@@ -237,8 +239,7 @@ class RefSegDataset(Dataset):
                     originals=originals, refs=refs)
 
     def __str__(self):
-        images = {ref.image for ref in self.refs}
-        return f"{self.split}: {len(self.refs):,} phrases on {len(images):,} images"
+        return f"{self.split}: {len(self.refs):,} phrases"
 
 
 def collate(items):
@@ -296,7 +297,6 @@ def download(dataset, root):
     """Fetch a data set from the Hugging Face hub and unpack it into ROOT. Raises OSError."""
     from huggingface_hub import snapshot_download  # reads HF_ENDPOINT when it is imported
     repository, images, marker = HUB[dataset]
-    lists = Path(root) / "rrsisd"
     patterns = ["*JPEGImages.zip", "*instances.json", "*refs(unc).p", "*RefSegRS.zip"]
     folder = snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
     for path in [path for pattern in patterns for path in Path(folder).rglob(pattern)]:
@@ -308,8 +308,8 @@ def download(dataset, root):
             shutil.copytree(top, Path(root) / images, copy_function=shutil.move, dirs_exist_ok=True)
             shutil.rmtree(temporary)
         else:
-            lists.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, lists)
+            Path(root, "rrsisd").mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, Path(root, "rrsisd"))
 
 
 def overlay(image, mask, colour=(255, 40, 40)):
@@ -583,10 +583,10 @@ def main(argv=None):
     command.add_argument("dir", type=Path)
     command = commands.add_parser("toy", help="draw a toy data set")
     command.add_argument("dir", type=Path)
-    command.add_argument("--train", type=int, default=2800, help="scenes, of four phrases each")
-    command.add_argument("--val", type=int, default=100)
-    command.add_argument("--test", type=int, default=320)
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--train", type=int, default=2800, help="scenes (default: 2800)")
+    command.add_argument("--val", type=int, default=100, help="default: 100")
+    command.add_argument("--test", type=int, default=320, help="default: 320")
+    command.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args(argv)
     if args.command == "toy":
         write_toy(args.dir, args.train, args.val, args.test, args.seed)

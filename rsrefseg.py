@@ -329,8 +329,8 @@ def fetch(source, filename):
         cached = try_to_load_from_cache(source, filename, revision=revision)      # was verified then
         path = Path(hf_hub_download(source, filename, revision=revision))
     except Exception as error:                    # its type depends on the version of huggingface_hub
-        raise OSError(f"{path} does not exist, and {source} cannot be downloaded: {error}. Give local "
-                      "files with --siglip and --sam-weights.") from error
+        raise OSError(f"{source} is no local file and cannot be downloaded: {error} Give local files "
+                      "with --siglip and --sam-weights, or a mirror in HF_ENDPOINT.") from error
     if filename == "model.safetensors" and sha256 and not cached:
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -443,7 +443,7 @@ def read_state(path):
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is truncated, corrupt or no state dict ({error}).") from error
+        raise ValueError(f"{path} is truncated, corrupt or no state dict.") from error
 
 
 def copy_tensors(source, target, path):

@@ -503,7 +503,7 @@ def test_only_plain_data_is_unpickled(tmp_path):
     for value in (Exploit(), np.float64(1)):
         for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
             path.write_bytes(pickle.dumps([{"a": value}], protocol))
-            with pytest.raises(ValueError, match="cannot read the lists of rrsisd: .* would call"):
+            with pytest.raises(ValueError, match="cannot read row 1 of rrsisd, .* would call"):
                 data.read_refs(tmp_path)
     assert list(tmp_path.iterdir()) == [path.parent]
 

@@ -308,8 +308,8 @@ def main(argv=None):
     steps_per_epoch = len(train_set) // args.total_batch
     total_steps = args.epochs * steps_per_epoch
     if args.total_batch % (args.batch_size * world_size) or steps_per_epoch == 0:
-        raise ValueError("--total-batch must be a multiple of --batch-size x processes "
-                         f"({args.batch_size} x {world_size}) and at most {len(train_set)}, the data.")
+        raise ValueError(f"--total-batch must be at most {len(train_set)}, the size of the train split, "
+                         f"and a multiple of --batch-size x {world_size} processes.")
     print(f"{total_steps} steps of {args.total_batch} images, {steps_per_epoch} per epoch")
 
     # Model and optimizer
@@ -330,7 +330,7 @@ def main(argv=None):
     progress = dict(step=0, validated=0, best=-1.0)        # steps done, last validated step, best gIoU
     if args.resume:
         progress = load_state(args, config, model, optimizer, scaler)
-        print(f"resumed at step {progress['step']}, best val gIoU {progress['best']:.2f}")
+        print(f"resumed at step {progress['step']}")
     received = []                                          # signals
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: received.append(number))
