@@ -321,7 +321,7 @@ def main(argv=None):
     ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
     print(lora.parameter_table(model))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
 
     # Resume
