@@ -80,7 +80,7 @@ class AttnPrompter(nn.Module):
         f_local = (v + v * mean_map) / 2                                       # eq. 3, local semantics
         f_global = v * sentence_map.sigmoid()[:, None]           # eq. 3, global semantics
         branches = {"both": [f_local, f_global, v], "local": [f_local, v], "global": [f_global, v]}
-        attended = torch.cat(branches[self.text], 1)               # (N, 3D, g, g)
+        attended = torch.cat(branches[self.text], 1)               # (N, 3D, g, g) with both
 
         x = self.channel(attended) + image_pos                     # (N, C, g, g)
         x = self.project(self.spatial(x))                          # eq. 4: (N, C, sqrt M, sqrt M)
@@ -113,7 +113,7 @@ class RSRefSeg(nn.Module):
         self.settings = dict(
             sam=sam, lora_rank=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
             text_lora=text_lora, down_blocks=down_blocks, prompts=prompts, text=text)
-        self.backbones = {}                                    # where the frozen weights come from
+        self.backbones = {}        # sources of the frozen towers; {}: a checkpoint holds every tensor
         self.tokenizer = None                                  # set it, or call load_backbones
         with torch.device("cpu" if init else "meta"):          # meta tensors have no memory
             self.siglip = SigLIP(SIGLIP_SIZE[sam])
@@ -326,12 +326,12 @@ def fetch(source, filename):
     pinned = {name: (revision, sha256) for name, revision, sha256 in HUB.values()}
     revision, sha256 = pinned.get(source, (None, None))
     try:
-        cached = try_to_load_from_cache(source, filename, revision=revision)      # was verified then
+        cached = try_to_load_from_cache(source, filename, revision=revision)
         path = Path(hf_hub_download(source, filename, revision=revision))
     except Exception as error:                    # its type depends on the version of huggingface_hub
         raise OSError(f"{source} is no local file and cannot be downloaded: {error} Give local files "
                       "with --siglip and --sam-weights, or a mirror in HF_ENDPOINT.") from error
-    if filename == "model.safetensors" and sha256 and not cached:
+    if filename == "model.safetensors" and sha256 and not cached:      # once: hashing 4 GB takes long
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != sha256:

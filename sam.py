@@ -87,8 +87,8 @@ def window_unpartition(windows, H, W):
 
 
 def attend_row(q, k, v, row_bias, column_bias):
-    """softmax(q.k + bias) v for the queries of one row of the grid, (B, heads, n, d), and all keys. The
-    biases (B, heads, n, n) hold for each query a number per row and a number per column of the keys."""
+    """softmax(q.k + bias) v for one row of an n x n grid: n queries, (B, heads, n, d), and all n^2 keys.
+    The biases (B, heads, n, n) hold for each query a number per row and one per column of the keys."""
     scores = (q @ k.transpose(2, 3)).unflatten(3, (q.shape[2], -1))     # (..., key row, key column)
     scores += row_bias[..., None]
     scores += column_bias[..., None, :]

@@ -192,7 +192,9 @@ class SigLIP(nn.Module):
 
     def encode_text(self, ids, mask):
         """ids (B, L) and mask (B, L), True on tokens and False on padding, both from `tokenize`
-        -> tokens T (B, L, D) after the final norm, sentence s (B, D) read at each phrase's EOS."""
+        -> tokens T (B, L, D) after the final norm, sentence s (B, D): T at each phrase's EOS, through
+        the head. SigLIP was trained on phrases padded to 64 tokens, unmasked, and read at the last one.
+        RSRefSeg gives it phrases without padding; where a batch needs some, the mask hides it."""
         return self.text_model(ids, mask)
 
 

@@ -78,7 +78,7 @@ def parse_args(argv=None):
     add("--epochs", 200, "passes over the training split", type=int)
     add("--batch-size", 4, "images per forward pass and process", type=int)
     add("--total-batch", 32, "images per optimizer step, by gradient accumulation", type=int)
-    add("--phrases", 1, "phrases per image that share one encoding", type=int)
+    add("--phrases", 1, "phrases of one image that make an item and share its encoding", type=int)
     add("--lr", 1e-4, "highest learning rate", type=float)
     add("--weight-decay", 0.05, "of AdamW, on all parameters", type=float)
     add("--warmup-epochs", 5, "epochs of linear warm-up", type=float)
@@ -145,7 +145,7 @@ def batches(dataset, args, step, steps_per_epoch):
     shuffled anew by (seed, epoch); the items that fill no whole step are left out."""
     rank, world_size = rank_and_world_size()
     if args.sam == "tiny":
-        dataset = [dict(item, originals=[]) for item in dataset]      # small: read only once
+        dataset = [dict(item, originals=[]) for item in dataset]    # read once; originals: for scoring
     while True:
         epoch, done = divmod(step, steps_per_epoch)
         generator = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
@@ -187,7 +187,7 @@ def initial_model(args):
 def run_config(args, model, refs):
     """Returns what a resumed run must share with its first part: recipe, data and frozen weights."""
     config = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    config.update(model.settings, backbones=bool(model.backbones))
+    config.update(model.settings, backbones=bool(model.backbones))    # decides what checkpoints hold
     rows = [(ref.ref_id, ref.image.name, ref.phrase) for ref in refs]
     # One number of each frozen tensor is enough to tell other weights.
     frozen = [p.flatten()[-1].item() for p in model.parameters() if not p.requires_grad]
@@ -223,7 +223,7 @@ def load_state(args, config, model, optimizer, scaler):
 # ------------------------------------------------------------------------------------- steps of the loop
 
 def segmentation_loss(logits, masks):
-    """5 x binary cross-entropy at the size of masks (N, 1, H, W), whose values are in [0, 1]."""
+    """5 x binary cross-entropy, as in the released code, at the size of masks (N, 1, H, W) in [0, 1]."""
     logits = F.interpolate(logits.float(), size=masks.shape[-2:], mode="bilinear")
     return 5 * F.binary_cross_entropy_with_logits(logits, masks.float())
 
