@@ -188,7 +188,7 @@ def read_refs(root, dataset=None):
 
 def binarize(image):
     """Mask image of any mode -> (H, W) bool, True above 0."""
-    if image.mode.startswith(("I", "F")):
+    if len(image.getbands()) == 1 and image.mode != "P":
         return np.asarray(image) > 0
     return np.asarray(image.convert("RGB")).any(-1)
 
@@ -503,14 +503,14 @@ def toy_scene(seed, index):
     rows = []
     while len(rows) < 4:  # too few unique phrases: try another scene
         terrain = draw_terrain(rng)
-        objects = place_objects(rng, np.array(terrain)[::3, ::3])
+        objects = place_objects(rng, np.asarray(terrain)[::3, ::3].copy())
         rows = [(item, choose_phrase(rng, objects, item)) for item in objects]
         rows = [(item, phrase) for item, phrase in rows if phrase]
     canvas = terrain.convert("RGB")
     draw = ImageDraw.Draw(canvas, "RGBA")
     for item in objects:
         colour = COLOURS[item.colour] + rng.normal(0, 6, 3)
-        mask = Image.new("1", canvas.size)
+        mask = Image.new("L", canvas.size)
         turn = ((math.cos(item.angle), math.sin(item.angle)),
                 (-math.sin(item.angle), math.cos(item.angle)))
         for i, (factor, polygon) in enumerate(OBJECTS[item.category][2]):
@@ -521,7 +521,7 @@ def toy_scene(seed, index):
                 draw.polygon((points + 10).flatten().tolist(), fill=(0, 0, 0, 110))
             fill = np.clip(factor * colour, 0, 255).astype(int)
             draw.polygon(points.flatten().tolist(), fill=tuple(fill))
-        item.mask = np.asarray(mask)[1::3, 1::3]
+        item.mask = np.asarray(mask)[1::3, 1::3] > 0
     light = 1
     for bumps, strength in ((5, 0.08), (24, 0.05), (120, 0.06)):  # smooth noise, coarse to fine
         noise = Image.fromarray(rng.normal(0, strength, (bumps, bumps)).astype(np.float32))
