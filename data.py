@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 
@@ -532,22 +532,22 @@ def toy_scene(seed, index):
 
 
 def write_toy(root, train=2800, val=100, test=320, seed=0):
-    """Draw a toy data set into a folder. Raises ValueError if it already holds one."""
-    root = Path(root)
+    """Draw a toy data set into the folder `root`. Raises ValueError if it already holds one."""
     if any((root / marker).exists() for marker, *_ in FORMATS.values()):
         raise ValueError(f"{root} already holds a data set. Choose another folder or delete it.")
     for folder in ("images", "masks"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     splits = ["train"] * train + ["val"] * val + ["test"] * test
+    scenes = DataLoader(range(len(splits)), batch_size=None, collate_fn=partial(toy_scene, seed),
+                        num_workers=2, worker_init_fn=worker_init)
     lines = []
-    for index, split in enumerate(tqdm(splits, f"drawing {root}")):
-        image, phrases = toy_scene(seed, index)
+    for index, (image, phrases) in enumerate(tqdm(scenes, f"drawing {root}")):
         name = f"{index:05d}.jpg"
         image.save(root / "images" / name, quality=95)
         for number, (item, phrase) in enumerate(phrases):
             mask = f"{index:05d}_{number}.png"
             Image.fromarray(item.mask).save(root / "masks" / mask)
-            row = dict(image=name, mask=mask, phrase=phrase, split=split, category=item.category)
+            row = dict(image=name, mask=mask, phrase=phrase, split=splits[index], category=item.category)
             lines.append(json.dumps(row))
     (root / "phrases.jsonl").write_text("\n".join(lines))  # last: it marks a complete data set
 
