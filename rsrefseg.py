@@ -190,8 +190,7 @@ class RSRefSeg(nn.Module):
             raise ValueError("the model has no tokenizer: call load_backbones, or set it.")
         if not all(canonical(phrase) for phrase in phrases):
             raise ValueError(f"a phrase is empty: {phrases}. Name an object, as in 'the ship'.")
-        ids, token_mask = tokenize(self.tokenizer, phrases)
-        return ids.to(self.device), token_mask.to(self.device)
+        return [tensor.to(self.device) for tensor in tokenize(self.tokenizer, phrases)]
 
     @torch.inference_mode()
     def segment(self, image, phrases, tile=None, intermediates=None):
@@ -226,7 +225,7 @@ class RSRefSeg(nn.Module):
         Face name, or for SAM one of Meta's .pth files; None is the published one."""
         siglip = siglip or HUB["siglip"][0]
         sam_weights = sam_weights or HUB[self.settings["sam"]][0]
-        self.tokenizer = Tokenizer.from_file(str(fetch(siglip, "tokenizer.json")))
+        self.tokenizer = Tokenizer.from_file(fetch(siglip, "tokenizer.json"))
         load_siglip(lora.base_state_dict(self.siglip), fetch(siglip, "model.safetensors"))
         load_sam(lora.base_state_dict(self.sam), fetch(sam_weights, "model.safetensors"))
         if self.settings["lora_rank"]:
@@ -267,8 +266,7 @@ class RSRefSeg(nn.Module):
         elif "tokenizer" in metadata:
             model.tokenizer = Tokenizer.from_str(metadata["tokenizer"])
         else:                                                       # of the released code
-            siglip = siglip or HUB["siglip"][0]
-            model.tokenizer = Tokenizer.from_file(str(fetch(siglip, "tokenizer.json")))
+            model.tokenizer = Tokenizer.from_file(fetch(siglip or HUB["siglip"][0], "tokenizer.json"))
         copy_tensors(tensors, model.checkpoint_state_dict(), path)
         return model.eval()
 
@@ -322,7 +320,7 @@ def fetch(source, filename):
     if path.is_dir():
         path = path / filename
     if path.is_file():
-        return path
+        return str(path)
     pinned = {name: (revision, sha256) for name, revision, sha256 in HUB.values()}
     revision, sha256 = pinned.get(source, (None, None))
     try:
@@ -337,7 +335,7 @@ def fetch(source, filename):
         if digest != sha256:
             path.resolve().unlink()                           # in the cache, `path` is a link
             raise ValueError(f"{path} does not have the published sha256 and was deleted: try again.")
-    return path
+    return str(path)
 
 
 # -------------------------------------------------------------------- the released code's checkpoints
@@ -434,6 +432,8 @@ def main(argv=None):
         paths = sorted(path for path in args.image.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
         parser.error(f"{args.image} holds no images")
+    if args.tile is not None and args.tile < 1:
+        parser.error("--tile must be at least 1")
     dtype = AMP[args.amp] or torch.float32
     model = RSRefSeg.from_checkpoint(args.checkpoint, args.siglip, args.sam_weights, dtype)
     model.to(args.device)

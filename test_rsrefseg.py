@@ -1207,12 +1207,12 @@ def test_bad_input_ends_in_one_line(tmp_path):
     """`data.run` prints the message instead of a traceback, also that of a process that reads images."""
     assert re.fullmatch("error: .*absent.*\n", run("evaluate.py", tmp_path / "absent.pth", fails=True))
     pytest.raises(SystemExit, train.parse_args, ["--batch-size", "0"])
+    pytest.raises(SystemExit, rsrefseg.main, ["a.png", "ship", "--checkpoint", "a.pth", "--tile", "-5"])
 
     def main():
         raise ValueError("Caught in DataLoader worker process 0.\nTraceback\nValueError: a.jpg is cut")
 
-    with pytest.raises(SystemExit, match="^error: .*a.jpg is cut$"):
-        data.run(main)
+    pytest.raises(SystemExit, data.run, main).match("^error: .*a.jpg is cut$")
 
 
 @pytest.mark.parametrize("name, code", [
