@@ -40,8 +40,9 @@ class LoRA(nn.Module):
         if self.training and self.dropout:                  # F.dropout takes more memory on a CPU
             dropped, _ = torch.native_dropout(x, self.dropout, True)
         if isinstance(self.base, nn.Linear):                # the last line, added in place: y is large
-            y = self.base(x.flatten(0, -2))
-            y.addmm_(self.A(dropped).flatten(0, -2), self.B.weight.t().to(y.dtype), alpha=self.scale)
+            y = self.base(x.reshape(-1, x.shape[-1]))
+            a = self.A(dropped.reshape(-1, x.shape[-1]))
+            y.addmm_(a, self.B.weight.t().to(y.dtype), alpha=self.scale)
             return y.view(*x.shape[:-1], -1)
         return self.base(x) + self.B(self.A(dropped) * self.scale)
 

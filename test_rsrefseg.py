@@ -827,8 +827,8 @@ def test_relative_position_is_the_bias_it_stands_for(n, cuda, monkeypatch):
 
 
 @pytest.mark.parametrize("layer, shape", [
-    (nn.Linear(12, 20), (5, 12)), (nn.Conv2d(6, 10, 3, stride=2, padding=1), (2, 6, 9, 9)),
-    (nn.Conv2d(6, 10, 1, bias=False), (2, 6, 9, 9))], ids=str)
+    (nn.Linear(12, 20), (12,)), (nn.Linear(12, 20), (2, 5, 12)),
+    (nn.Conv2d(6, 10, 3, 2, 1), (2, 6, 9, 9)), (nn.Conv2d(6, 10, 1, bias=False), (2, 6, 9, 9))], ids=str)
 def test_lora_parity(layer, shape):
     peft = pytest.importorskip("peft")
     ours = nn.ModuleDict(dict(x=copy.deepcopy(layer)))
