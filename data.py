@@ -181,7 +181,7 @@ def read_refs(root, dataset=None):
                 raise ValueError(f"split {ref.split!r} is not in {SPLITS}")
             refs.append(ref)
     except Exception as error:  # whatever a damaged or missing list causes
-        raise ValueError(f"{root}: cannot read row {len(refs) + 1} of {dataset}, "
+        raise ValueError(f"{root}: cannot read {dataset} after row {refs[-1].ref_id if refs else 0}, "
                          f"{type(error).__name__}: {error}. Correct it or fetch it again.") from error
     return dataset, refs
 
@@ -218,8 +218,8 @@ class RefSegDataset(Dataset):
         files = {path for ref in self.refs for path in (ref.image, ref.mask) if isinstance(path, Path)}
         problems += [f"{path} is missing" for path in sorted(files) if not path.is_file()]
         if problems or not self.refs:
-            raise ValueError(f"the {split} split of {root} has {len(self.refs)} phrases (it needs some) "
-                             f"and {len(problems)} problems to correct: {', '.join(problems[:5])}")
+            text = f"{len(problems)} problems to correct: {', '.join(problems[:5])}"
+            raise ValueError(f"the {split} split of {root} has {text if problems else 'no phrases'}.")
         groups = {}
         for i, ref in enumerate(self.refs):
             groups.setdefault(ref.image if phrases > 1 else i, []).append(ref)

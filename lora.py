@@ -39,7 +39,7 @@ class LoRA(nn.Module):
         dropped = x
         if self.training and self.dropout:                  # F.dropout takes more memory on a CPU
             dropped, _ = torch.native_dropout(x, self.dropout, True)
-        if isinstance(self.base, nn.Linear):                # the last line, added in place: y is large
+        if isinstance(self.base, nn.Linear):                # as the last line, but in place: y is large
             y = self.base(x.reshape(-1, x.shape[-1]))
             a = self.A(dropped.reshape(-1, x.shape[-1]))
             y.addmm_(a, self.B.weight.t().to(y.dtype), alpha=self.scale)

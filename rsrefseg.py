@@ -155,7 +155,7 @@ class RSRefSeg(nn.Module):
     def decode(self, features, ids, token_mask, intermediates=None):
         """What `encode` returned, and N phrases -> mask logits (N, 1, 4e, 4e)."""
         t, s = self.siglip.encode_text(ids, token_mask)                          # (N, L, D), (N, D)
-        # Prompter and mask decoder run in fp32: 2 % of the FLOPs, but in bf16 most of the error.
+        # Prompter and mask decoder run in fp32: under 1 % of the FLOPs, but in bf16 most of the error.
         with torch.autocast(t.device.type, enabled=False):
             k = len(ids) // len(features[0])                               # phrases per image
             f_sam, v = [x.float().repeat_interleave(k, 0) for x in features]
@@ -327,8 +327,8 @@ def fetch(source, filename):
         cached = try_to_load_from_cache(source, filename, revision=revision)
         path = Path(hf_hub_download(source, filename, revision=revision))
     except Exception as error:                    # its type depends on the version of huggingface_hub
-        raise OSError(f"{source} is no local file and cannot be downloaded: {error} Give local files "
-                      "with --siglip and --sam-weights, or a mirror in HF_ENDPOINT.") from error
+        raise OSError(f"there is no file {path}, and {source} cannot be downloaded: {error} Give local "
+                      "files with --siglip and --sam-weights, or a mirror in HF_ENDPOINT.") from error
     if filename == "model.safetensors" and sha256 and not cached:      # once: hashing 4 GB takes long
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

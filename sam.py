@@ -204,7 +204,7 @@ class ImageEncoder(nn.Module):
                 x = checkpoint(layer, x, use_reentrant=False)
             else:
                 x = layer(x)
-        # The neck is 1 % of the work; in bf16 it would add to the error of F_sam.
+        # The neck is under 1 % of the work; in bf16 it would add to the error of F_sam.
         with torch.autocast(x.device.type, enabled=False):
             return self.neck(x.permute(0, 3, 1, 2).float())
 
@@ -443,7 +443,7 @@ def read_state(path):
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is truncated, corrupt or no state dict.") from error
+        raise ValueError(f"{path} is truncated, corrupt or not plain tensors: replace it.") from error
 
 
 def copy_tensors(source, target, path):

@@ -503,7 +503,7 @@ def test_only_plain_data_is_unpickled(tmp_path):
     for value in (Exploit(), np.float64(1)):
         for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
             path.write_bytes(pickle.dumps([{"a": value}], protocol))
-            with pytest.raises(ValueError, match="cannot read row 1 of rrsisd, .* would call"):
+            with pytest.raises(ValueError, match="cannot read rrsisd after row 0, .* would call"):
                 data.read_refs(tmp_path)
     assert list(tmp_path.iterdir()) == [path.parent]
 
@@ -1206,7 +1206,7 @@ def test_masks_of_georeferenced_scenes(trained, toy, tmp_path):
 def test_bad_input_ends_in_one_line(tmp_path):
     """`data.run` prints the message instead of a traceback, also that of a process that reads images."""
     assert re.fullmatch("error: .*absent.*\n", run("evaluate.py", tmp_path / "absent.pth", fails=True))
-    pytest.raises(SystemExit, train.parse_args, ["--batch-size", "0"])
+    pytest.raises(SystemExit, train.parse_args, ["--phrases", "0"])
     pytest.raises(SystemExit, rsrefseg.main, ["a.png", "ship", "--checkpoint", "a.pth", "--tile", "-5"])
 
     def main():

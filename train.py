@@ -94,8 +94,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if sam == "tiny" and not args.init and (args.siglip or args.sam_weights or args.lora_rank):
         parser.error("tiny is trained from scratch: no --siglip, --sam-weights or --lora-rank")
-    if min(args.epochs, args.batch_size, args.total_batch, args.save_every, args.val_every) < 1:
-        parser.error("--epochs, --batch-size, --total-batch, --save-every, --val-every: at least 1")
+    for name in ("epochs", "batch_size", "total_batch", "phrases", "save_every", "val_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
 
 
@@ -197,7 +198,7 @@ def run_config(args, model, refs):
 
 
 def save_state(args, config, progress, model, optimizer, scaler):
-    """Write resume.pt, all that a run consists of."""
+    """Write resume.pt: all that a run changes, and its config."""
     if rank_and_world_size()[0] == 0:
         state = dict(config=config, progress=progress, model=lora.trainable_state_dict(model),
                      optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
@@ -359,8 +360,7 @@ def main(argv=None):
 
         torch.manual_seed((args.seed * 1_000_003 + step) * 10_007 + rank)      # of dropout
         lr = learning_rate(step, steps_per_epoch, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr                          # the only group
         start = time.perf_counter()
         loss, norm = training_step(step, model, ddp_model, loader, optimizer, scaler, args)
         speed = args.total_batch / (time.perf_counter() - start)
