@@ -171,8 +171,7 @@ def read_refs(root, dataset=None):
     root = Path(root)
     found = [name for name, (marker, *_) in FORMATS.items() if (root / marker).exists()]
     if not found and not dataset:
-        raise FileNotFoundError(f"no data set in {root.absolute()}. Name another folder with --data, or "
-                                "make one: see the head of data.py.")
+        raise FileNotFoundError(f"no data set in {root.absolute()}: name another, or see data.py.")
     dataset = dataset or found[0]
     refs = []
     try:
@@ -532,7 +531,8 @@ def toy_scene(seed, index):
 
 
 def write_toy(root, train=2800, val=100, test=320, seed=0):
-    """Draw a toy data set into the folder `root`. Raises ValueError if it already holds one."""
+    """Draw a toy data set into a folder. Raises ValueError if it already holds one."""
+    root = Path(root)
     if any((root / marker).exists() for marker, *_ in FORMATS.values()):
         raise ValueError(f"{root} already holds a data set. Choose another folder or delete it.")
     for folder in ("images", "masks"):
