@@ -3,113 +3,254 @@
     RRSIS-D     rrsisd/refs(unc).p, rrsisd/instances.json, images/rrsisd/JPEGImages/*.jpg
     RefSegRS    output_phrase_{train,val,test}.txt of "<id> <phrase>", images/<id>.tif, masks/<id>.tif
     RISBench    img_rgb/*.png with output_phrase_{split}.txt and mask/*.png, or with *.jsonl of
-                {split, file_name, sent, segmentation: {size, counts}}
+                {split, file_name, sent, segmentation}; the released code converts RRSIS-D to this form
     own         phrases.jsonl of {image, mask, phrase, split}, images/, masks/ (foreground is above 0)
 
 `python data.py check DIR` opens every file and lists every defect, `download rrsisd DIR` fetches a set,
-`toy DIR` draws the toy, in the format `own`. A phrase names an object by colour, size, place or
-neighbour and is true of it alone, although most objects stand beside others of their class.
+`toy DIR` draws a small set in the format `own`, whose phrases single out one object among others of
+its class.
 Shapes: B images, k phrases per image, N = B k, S side of the model's input, H W an image's size.
 """
 import argparse
 import json
 import math
-import os
 import pickle
-import re
 import shutil
-import signal
 import sys
 import textwrap
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+import torch.distributed as dist
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+Image.MAX_IMAGE_PIXELS = None  # satellite scenes exceed Pillow's limit of 179 million pixels
+IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")  # EPS runs a program
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".jp2")
 
-# ---------------------------------------------------------------------------------- rows and their files
-
-# One row: a phrase and the mask of what it names. Where a data set has none, ref_id is "file:line" and
-# category "-". mask is the Path of an image, or COCO's {"size": [H, W], "counts": string}.
+SPLITS = ("train", "val", "test")
+# One row: a phrase and the mask of what it names. image is a Path, mask the Path of an image or COCO's
+# segmentation. Without ids in the data ref_id is "file:line", without categories category is "-".
 Ref = namedtuple("Ref", "ref_id split image phrase category mask")
-# For other formats, such as EPS, Pillow may start an external program.
-IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 
+class InputError(ValueError):
+    """Bad input, described in one line for the person who gave it."""
+
+@contextmanager
+def named(place, problems=None):
+    """Turn an error inside a `with` into an InputError that names the place. If there is a list of
+    problems, add the text to it instead, and go on after the `with`."""
+    try:
+        yield
+    except Exception as error:  # damaged files cause errors of many classes
+        what = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        text = f"{place}: {what}{error}".replace("KeyError:", "no field")  # as in: no field 'sent'
+        if problems is None:
+            raise InputError(f"{text}. Correct it or fetch it again.") from error
+        problems.append(text)
+
+# ------------------------------------------------------------------------------------- images and masks
+
+def is_16_bit_colour(image):
+    """True if the file of a PIL image holds several channels of 16 bits. Pillow knows this until the
+    image is loaded."""
+    if len(image.getbands()) == 1:
+        return False
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (8,))) > 8  # the tag BitsPerSample
+    if image.format == "JPEG2000" and image.fp:
+        image.fp.seek(0)  # to load it, Pillow seeks again
+        header = image.fp.read(65536).partition(b"\xff\x4f\xff\x51")[2]  # after the markers SOC, SIZ
+        return len(header) > 38 and (header[38] & 127) > 7  # the bits less one, beside a sign
+    layouts = [tile[3] for tile in getattr(image, "tile", [])]  # how Pillow decodes a PNG or a PPM
+    return any(layout in ("LA;16B", "RGB;16B", "RGBA;16B", ("RGB", 65535)) for layout in layouts)
+
+def upright(image):
+    """PIL image -> a copy, turned as its EXIF orientation says, which is how every viewer shows it. A
+    TIFF keeps its stored rows and columns, as in GDAL. Raises InputError for colour of 16 bits."""
+    if is_16_bit_colour(image):  # Pillow reads the high byte, which is nearly 0 if a sensor has 12 bits
+        raise InputError(f"colour of 16 bits is not supported: {image.filename}. Convert it to 8 bits: "
+                         f"gdal_translate -ot Byte -scale {image.filename} OUT.tif")
+    if image.format == "TIFF":
+        image.getexif()[274] = 1  # no orientation, else Pillow would turn the pixels on loading
+        return image.copy()  # only the copy's size is that of the pixels
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF, of many classes of errors: viewers ignore it
+        return image.copy()
+
+def stretch(values, no_data):
+    """Grey (H, W) float32 -> uint8, black from its 2nd percentile down, white from its 98th up. What is
+    not finite, or `no_data`, a number as text, becomes black."""
+    valid = np.isfinite(values)
+    with suppress(ValueError):  # the text may be no number
+        valid &= values != np.float32(no_data)
+    known = values[valid] if valid.any() else np.zeros(1)
+    # A lowest or highest value that over 2 % of the pixels have, and twice as many as the next value, is
+    # saturation or "no data" that no tag names: the percentiles leave it out.
+    inner = known
+    for end in (np.min, np.max):
+        others = known[known != end(known)]
+        if others.size:
+            count = known.size - others.size
+            if count > max(0.02 * known.size, 2 * (others == end(others)).sum()):
+                inner = inner[inner != end(known)]
+    low, high = np.percentile(inner, (2, 98))
+    if low == high:  # nearly all pixels have one value: a scene at night, radar
+        low, high = known.min(), known.max()
+    values = np.clip((values - low) * (255 / max(high - low, 1e-9)), 0, 255)
+    return np.where(valid, values, 0).round().astype(np.uint8)
 
 def to_rgb(image):
-    """PIL image of any mode -> RGB. Grey values of more than 8 bits are stretched from their 2nd to
-    their 98th percentile; those that are not finite, or "no data" in a GeoTIFF, become black."""
-    if image.mode.startswith(("I", "F")):
-        values = np.array(image, dtype=np.float32)
-        no_data = getattr(image, "tag_v2", {}).get(42113, "").strip(" \0")  # GDAL_NODATA, a string
-        valid = np.isfinite(values) & (values != np.float32(no_data or "nan"))
-        low, high = np.percentile(values[valid], (2, 98)) if valid.any() else (0, 1)
-        if low == high and valid.any():  # nearly all pixels have one value: a scene at night, radar
-            low, high = values[valid].min(), values[valid].max()
-        values = np.clip((values - low) * (255 / max(high - low, 1e-9)), 0, 255)
-        image = Image.fromarray(np.where(valid, values, 0).round().astype(np.uint8))
+    """PIL image of any mode -> RGB, upright, transparency ignored, grey of over 8 bits stretched."""
+    no_data = str(getattr(image, "tag_v2", {}).get(42113)).strip(" \0")  # GDAL_NODATA, or "None"
+    image = upright(image)
+    if image.mode.startswith(("I", "F")):  # integers of 16 or 32 bits, floats
+        image = Image.fromarray(stretch(np.array(image, dtype=np.float32), no_data))
     return image.convert("RGB")
 
+def binarize(image):
+    """PIL image -> mask (H, W) bool, True where any channel but transparency is above 0."""
+    image = upright(image)
+    if len(image.getbands()) == 1 and image.mode != "P":  # P holds indices of a palette
+        return np.asarray(image) > 0
+    return np.asarray(image.convert("RGB")).any(-1)
 
 def read_image(path, convert=to_rgb):
-    """Return an image file as an RGB PIL image. Raises FileNotFoundError, or ValueError if damaged."""
+    """Return an image file as an RGB PIL image, or as what `convert` makes of it. Raises InputError."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return convert(image)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image.") from None
+        raise InputError(f"{path}: no such image.") from None
+    except InputError:
+        raise
     except Exception as error:  # each decoder raises its own classes
-        raise ValueError(f"cannot read image {path}: {error}. Fetch or convert it again.") from error
+        cure = "Fetch or convert it again."
+        if Path(path).suffix.lower() in (".tif", ".tiff"):
+            cure += (" Pillow reads one band of up to 32 bits, or up to four of 8 bits with RGB. Else: "
+                     f"gdal_translate -b 1 -b 2 -b 3 -ot Byte -scale -co PHOTOMETRIC=RGB {path} OUT.tif")
+        raise InputError(f"cannot read image {path}: {error}. {cure}") from error
 
+def image_files(folder):
+    """Return a folder's images, sorted paths, without hidden files such as macOS's ._x.jpg."""
+    return [path for path in sorted(Path(folder).iterdir())
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
 
 def image_tensor(image, side):
     """RGB PIL image -> (3, side, side) uint8, bilinear. The aspect ratio is not kept."""
     return torch.from_numpy(np.array(image.resize((side, side), Image.BILINEAR))).permute(2, 0, 1)
 
-
 def tile_starts(length, tile):
-    """Returns where windows start along one side, so that neighbours overlap by at least half."""
+    """Return where windows of `tile` start along a side of `length` >= tile; neighbours overlap by at
+    least half."""
     steps = math.ceil(2 * (length - tile) / tile)
     return [round(i * (length - tile) / max(1, steps)) for i in range(steps + 1)]
-
 
 def resize_mask(mask, height, width):
     """(H, W) bool -> (height, width) bool, nearest."""
     return np.array(Image.fromarray(mask).resize((width, height), Image.NEAREST))
 
+def parse_runs(text):
+    """COCO's run lengths as a string -> list of ints. Each character less 48 is 6 bits: 5 of a number,
+    the least significant ones first, and 32 if more of them follow in the next character."""
+    runs = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        value += (bits & 31) << shift
+        shift += 5
+        if bits & 32 == 0:  # the number is complete
+            if bits & 16:  # negative, in two's complement
+                value -= 1 << shift
+            if len(runs) > 2:  # from the fourth run on, the change from two runs before
+                value += runs[-2]
+            runs.append(value)
+            value = shift = 0
+    return runs
 
 def decode_rle(counts, height, width):
-    """COCO's compressed run lengths -> mask (height, width) bool. Raises ValueError. Runs of 0s and 1s
-    alternate, column by column. A run is a number in base 32, lowest digit first: the last is character
-    48 + digit, the others 80 + digit. From the fourth run on it is the change from two runs before."""
-    runs = []
-    for number in re.findall("[P-o]*[0-O]", counts):
-        value = sum(((ord(digit) - 48) & 31) << 5 * i for i, digit in enumerate(number))
-        if (ord(number[-1]) - 48) & 16:  # negative
-            value -= 1 << 5 * len(number)
-        if len(runs) > 2:
-            value += runs[-2]
-        runs.append(value)
+    """COCO's run lengths, a list or a string -> mask (height, width) bool. Runs of 0s and 1s alternate,
+    column by column. Raises InputError."""
+    runs = parse_runs(counts) if isinstance(counts, str) else counts
     if sum(runs) != height * width or min(runs) < 0:
-        raise ValueError(f"the run lengths do not add up to {height} x {width} pixels")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+        raise InputError(f"the run lengths do not add up to {height} x {width} pixels")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T  # by columns
 
+def decode_segmentation(segmentation, image_path):
+    """COCO's run lengths {size: [H, W], counts}, polygon [x, y, x, y, ...] in pixels, or list of such
+    parts -> their union, mask (H, W) bool. A polygon takes its size from the image."""
+    if isinstance(segmentation, dict):
+        return decode_rle(segmentation["counts"], *segmentation["size"])
+    if isinstance(segmentation[0], (dict, list)):
+        return np.any([decode_segmentation(part, image_path) for part in segmentation], 0)
+    width, height = read_image(image_path).size  # as shown
+    canvas = Image.new("L", (3 * width, 3 * height))
+    ImageDraw.Draw(canvas).polygon([3 * value for value in segmentation], fill=1)
+    return np.asarray(canvas)[1::3, 1::3] > 0  # the middle of 3 x 3 is the centre of a pixel
+
+def read_mask(ref):
+    """Return the stored mask of a row, (H, W) bool. Raises InputError."""
+    if isinstance(ref.mask, Path):
+        return read_image(ref.mask, binarize)
+    with named(f"mask of ref_id {ref.ref_id} ({ref.image.name}), COCO's run lengths or polygons"):
+        return decode_segmentation(ref.mask, ref.image)
 
 # -------------------------------------------------------------------------------------------- data sets
 
-def read_lines(path, parse=str):
-    """Yield ("file:line", parsed text) of the lines that are not blank."""
-    for i, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
-        if line.strip():
-            yield f"{path.stem}:{i}", parse(line.strip())
+def make_ref(ref_id, split, image, phrase, category, mask):
+    """Return a Ref, checked, without spaces around the phrase. Raises InputError."""
+    if split not in SPLITS:
+        raise InputError(f"split {split!r} is not train, val or test")
+    if not isinstance(phrase, str) or not any(character.isalnum() for character in phrase):
+        raise InputError(f"the phrase {phrase!r} is empty")
+    category = "-" if str(category) in ("", "None", "nan") else str(category)
+    return Ref(ref_id, split, image, phrase.strip(), category, mask)
 
+def read_lines(path):
+    """Yield (name for errors, ref_id, text) of the lines that are not blank."""
+    with named(path):
+        lines = path.read_text("utf-8-sig").split("\n")  # not splitlines, which splits phrases, too
+    for i, line in enumerate(lines, 1):
+        if line.strip():
+            yield f"{path.name} line {i}", f"{path.stem}:{i}", line.strip()
+
+# These readers yield the Refs of a data set. `named` puts the errors of bad rows into `problems`; errors
+# of the code that uses the Refs do not come here.
+
+def read_refsegrs(root, problems, images="images", masks="masks", suffix=".tif"):
+    for split in SPLITS:
+        for place, ref_id, line in read_lines(root / f"output_phrase_{split}.txt"):
+            with named(place, problems):
+                name, _, phrase = line.partition(" ")
+                file = name.removesuffix(suffix) + suffix
+                yield make_ref(ref_id, split, root / images / file, phrase, "-", root / masks / file)
+
+def read_risbench(root, problems):
+    files = sorted(root.glob("*.jsonl"))
+    if not files:
+        yield from read_refsegrs(root, problems, "img_rgb", "mask", ".png")
+    for path in files:
+        for place, ref_id, line in read_lines(path):
+            with named(place, problems):
+                row = json.loads(line)
+                yield make_ref(ref_id, row["split"], root / f"img_rgb/{row['file_name']}", row["sent"],
+                               row.get("category_name"), row["segmentation"])
+
+def read_own(root, problems):
+    for place, ref_id, line in read_lines(root / "phrases.jsonl"):
+        with named(place, problems):
+            row = json.loads(line)
+            yield make_ref(ref_id, row["split"], root / f"images/{row['image']}", row["phrase"],
+                           row.get("category"), root / f"masks/{row['mask']}")
 
 class PlainUnpickler(pickle.Unpickler):
     """Loads plain data. A pickle that names a class or a function could run any code."""
@@ -117,113 +258,82 @@ class PlainUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"the pickle would call {module}.{name}")
 
+def read_rrsisd(root, problems):
+    path = root / "rrsisd" / "refs(unc).p"
+    with named(path), open(path, "rb") as file:
+        rows = list(PlainUnpickler(file).load())
+    path = root / "rrsisd" / "instances.json"
+    with named(path):
+        instances = json.loads(path.read_bytes())
+        names = {row["id"]: row["name"] for row in instances["categories"]}
+        masks = {row["id"]: row.get("segmentation") for row in instances["annotations"]}
+    for i, row in enumerate(rows, 1):
+        sentences = []
+        with named(f"refs(unc).p row {i}", problems):
+            image = root / f"images/rrsisd/JPEGImages/{row['file_name']}"
+            mask = masks.get(row["ann_id"])
+            if not mask:
+                raise InputError(f"ann_id {row['ann_id']} has no segmentation in instances.json")
+            sentences = row["sentences"]
+        for sentence in sentences:
+            with named(f"refs(unc).p row {i}", problems):
+                yield make_ref(row["ref_id"], row["split"], image, sentence["sent"],
+                               names.get(row.get("category_id")), mask)
 
-def read_rrsisd(root):
-    with open(root / "rrsisd" / "refs(unc).p", "rb") as file:
-        rows = PlainUnpickler(file).load()
-    instances = json.loads((root / "rrsisd" / "instances.json").read_text("utf-8"))
-    names = {row["id"]: row["name"] for row in instances["categories"]}
-    masks = {row["id"]: row["segmentation"][0] for row in instances["annotations"]}
-    images = root / "images" / "rrsisd" / "JPEGImages"
-    for row in rows:
-        yield Ref(row["ref_id"], row["split"], images / row["file_name"],
-                  row["sentences"][0]["sent"].strip(), names[row["category_id"]], masks[row["ann_id"]])
-
-
-def read_own(root):
-    for ref_id, row in read_lines(root / "phrases.jsonl", json.loads):
-        yield Ref(ref_id, row["split"], root / "images" / row["image"], row["phrase"].strip(),
-                  row.get("category", "-"), root / "masks" / row["mask"])
-
-
-def read_risbench(root):
-    files = sorted(root.glob("*.jsonl"))
-    rows = (row for path in files for row in read_lines(path, json.loads))
-    for ref_id, row in rows:
-        yield Ref(ref_id, row["split"], root / "img_rgb" / row["file_name"], row["sent"].strip(), "-",
-                  row["segmentation"])
-    if not files:
-        yield from read_refsegrs(root, "img_rgb", "mask", ".png")
-
-
-def read_refsegrs(root, images="images", masks="masks", suffix=".tif"):
-    for split in SPLITS:
-        for ref_id, line in read_lines(root / f"output_phrase_{split}.txt"):
-            name, _, phrase = line.partition(" ")
-            file = name.removesuffix(suffix) + suffix
-            yield Ref(ref_id, split, root / images / file, phrase.strip(), "-", root / masks / file)
-
-
-SPLITS = ("train", "val", "test")
 FORMATS = {  # name -> what identifies it, tried in this order; its reader; its published phrases
     "rrsisd": ("rrsisd", read_rrsisd, "train 12,181, val 1,740, test 3,481"),
     "own": ("phrases.jsonl", read_own, "-"),
     "risbench": ("img_rgb", read_risbench, "train 26,300, val 10,013, test 16,159"),
     "refsegrs": ("output_phrase_train.txt", read_refsegrs, "train 2,172, val 431, test 1,817")}
-HUB = {  # repository, where its zip goes, a file at the top of the zip
-    "rrsisd": ("VoyageWang/rrsis-d", "images/rrsisd/JPEGImages", "[!.]*.jpg"),
-    "refsegrs": ("JessicaYuan/RefSegRS", "", "output_phrase_train.txt")}
 
-
-def read_refs(root, dataset=None):
-    """Return a data set's name and all its rows. `dataset` is a name in FORMATS; None detects it.
-    Raises FileNotFoundError if there is no data set, ValueError if its lists are damaged."""
+def read_refs(root, format=None, problems=None):
+    """Return a data set's format and all its rows. `format` is a name in FORMATS; None detects it. Bad
+    rows raise InputError, or are left out and described in the list `problems`. A missing data set or a
+    file that is damaged as a whole raise InputError."""
     root = Path(root)
-    found = [name for name, (marker, *_) in FORMATS.items() if (root / marker).exists()]
-    if not found and not dataset:
-        raise FileNotFoundError(f"no data set in {root.absolute()}: name another, or see data.py.")
-    dataset = dataset or found[0]
-    refs = []
-    try:
-        for ref in FORMATS[dataset][1](root):
-            if ref.split not in SPLITS:
-                raise ValueError(f"split {ref.split!r} is not in {SPLITS}")
-            refs.append(ref)
-    except Exception as error:  # whatever a damaged or missing list causes
-        raise ValueError(f"{root}: cannot read {dataset} after row {refs[-1].ref_id if refs else 0}, "
-                         f"{type(error).__name__}: {error}. Correct it or fetch it again.") from error
-    return dataset, refs
-
-
-def binarize(image):
-    """Mask image of any mode -> (H, W) bool, True above 0."""
-    if len(image.getbands()) == 1 and image.mode != "P":
-        return np.asarray(image) > 0
-    return np.asarray(image.convert("RGB")).any(-1)
-
-
-def read_mask(ref):
-    """Return the stored mask of a row, (H, W) bool. Raises FileNotFoundError or ValueError."""
-    if isinstance(ref.mask, Path):
-        return read_image(ref.mask, binarize)
-    try:
-        return decode_rle(ref.mask["counts"], *ref.mask["size"])
-    except Exception as error:
-        raise ValueError(f"mask of ref_id {ref.ref_id} ({ref.image.name}): {error}.") from error
-
+    formats = [format] if format else list(FORMATS)
+    found = [name for name in formats if (root / FORMATS[name][0]).exists()]
+    if not found:
+        raise InputError(f"no data set ({', '.join(formats)}) in {root.absolute()}. Name another folder "
+                         f"or fetch RRSIS-D: python data.py download rrsisd {root}")
+    bad = [] if problems is None else problems
+    _, reader, _ = FORMATS[found[0]]
+    refs = list(reader(root, bad))
+    if bad and problems is None:
+        raise InputError(f"{len(bad)} bad rows in {root}: {'; '.join(bad[:5])}. Correct or remove them. "
+                         f"`python data.py check {root}` lists all.")
+    return found[0], refs
 
 class RefSegDataset(Dataset):
-    """One split of a data set. An item is a dict of an image with k = `phrases` phrases: image (3, S, S)
-    uint8, masks (k, 1, S, S) bool, originals, the k masks (H, W) bool at the image's size, refs, k rows.
-    With k = 1, as in the paper, every phrase is an item; else an image's phrases are dealt out k at a
-    time, the last group filled up from the first. Raises ValueError for missing files or phrases."""
+    """One split of a data set. An item is a dict of an image with k = `phrases` of its phrases:
 
-    def __init__(self, root, split, side, phrases=1, dataset=None):
+        image        (3, S, S) uint8
+        masks        (k, 1, S, S) bool
+        originals    list of the k masks (H, W) bool at the image's size
+        refs         list of the k rows
+
+    With k = 1, as in the paper, every phrase is an item. Else an image's phrases are dealt out k at a
+    time; a last group of fewer is filled up with its first phrases. Raises InputError for missing files
+    or rows."""
+
+    def __init__(self, root, split, side, phrases=1, format=None):
         self.split = split
         self.side = side
-        self.refs = [ref for ref in read_refs(root, dataset)[1] if ref.split == split]
-        problems = [f"the phrase of ref_id {ref.ref_id} ({ref.image.name}) is empty"
-                    for ref in self.refs if not re.search(r"[^\W_]", ref.phrase)]
+        self.refs = [ref for ref in read_refs(root, format)[1] if ref.split == split]
+        if not self.refs:
+            raise InputError(f"{root} has no {split} rows. Add some, or name another folder.")
         files = {path for ref in self.refs for path in (ref.image, ref.mask) if isinstance(path, Path)}
-        problems += [f"{path} is missing" for path in sorted(files) if not path.is_file()]
-        if problems or not self.refs:
-            text = f"{len(problems)} problems to correct: {', '.join(problems[:5])}"
-            raise ValueError(f"the {split} split of {root} has {text if problems else 'no phrases'}.")
-        groups = {}
+        missing = [str(path) for path in sorted(files) if not path.is_file()]
+        if missing:
+            raise InputError(f"{len(missing)} files of the {split} split are missing: "
+                             f"{', '.join(missing[:5])}. Fetch them again or remove their rows.")
+        groups = defaultdict(list)
         for i, ref in enumerate(self.refs):
-            groups.setdefault(ref.image if phrases > 1 else i, []).append(ref)
-        self.items = [[group[(start + i) % len(group)] for i in range(phrases)]
-                      for group in groups.values() for start in range(0, len(group), phrases)]
+            groups[ref.image if phrases > 1 else i].append(ref)  # k = 1 keeps the order of the rows
+        self.items = []
+        for group in groups.values():
+            for start in range(0, len(group), phrases):
+                self.items.append([group[(start + i) % len(group)] for i in range(phrases)])
 
     def __len__(self):
         return len(self.items)
@@ -240,85 +350,105 @@ class RefSegDataset(Dataset):
     def __str__(self):
         return f"{self.split}: {len(self.refs):,} phrases"
 
-
 def collate(items):
-    """Items -> images (B, 3, S, S) uint8, masks (N, 1, S, S) bool, originals, refs."""
+    """B items -> dict of images (B, 3, S, S) uint8, masks (N, 1, S, S) bool, and lists of N originals
+    and refs, k consecutive ones for each image."""
     return dict(images=torch.stack([item["image"] for item in items]),
                 masks=torch.cat([item["masks"] for item in items]),
                 originals=[mask for item in items for mask in item["originals"]],
                 refs=[ref for item in items for ref in item["refs"]])
 
-
 # ----------------------------------------------------------------------------- check, download, pictures
 
-def check_row(ref):
-    """Open a row's image and mask. Returns its defects [("error" or "warning", text)]."""
-    row = f"{ref.split}, ref_id {ref.ref_id}, {ref.image.name}"
-    defects = []
-    if not re.search(r"[^\W_]", ref.phrase):
-        defects.append(("error", f"{row}: the phrase {ref.phrase!r} is empty"))
-    try:
-        image = read_image(ref.image)
-        mask = read_mask(ref)
-    except (OSError, ValueError) as error:
-        return [*defects, ("error", f"{row}: {error}")]
-    if mask.shape != (image.height, image.width):
-        defects.append(("warning", f"{row}: the mask has another size than the image"))
-    if not mask.any():
-        defects.append(("warning", f"{row}: the mask is empty"))
-    return defects
+def find_defects(ref):
+    """Return a list of what is odd about a row's mask. Raises InputError for files it cannot read."""
+    image = read_image(ref.image)
+    mask = read_mask(ref)
+    colours = []
+    if isinstance(ref.mask, Path):  # as greys of any depth; getcolors(2) gives None for more than two
+        colours = read_image(ref.mask, lambda image: image.convert("F").getcolors(2))
+    defects = {"the mask has another size than the image": mask.shape != (image.height, image.width),
+               "the mask is empty": not mask.any(), "the mask covers everything": mask.all(),
+               "the mask has more than two values": colours is None}
+    return [text for text, found in defects.items() if found]
 
-
-def check(root, dataset=None):
+def check(root, format=None):
     """Open every image and mask of a data set, print its size and its defects, and write samples to
-    ROOT/check.jpg. Raises ValueError at the end if training would fail."""
-    root = Path(root)
-    dataset, refs = read_refs(root, dataset)
-    found = [check_row(ref) for ref in tqdm(refs, f"checking {root}")]
-    counts = dict(Counter(ref.split for ref in refs))
-    print(f"{dataset}: {counts} phrases. Published: {FORMATS[dataset][2]}")
-    for kind, text in sum(found, []):
-        print(f"{kind}: {text}")
-    good = [ref for ref, defects in zip(refs, found) if "error" not in dict(defects)]
+    ROOT/check.jpg. Raises InputError at the end if training would fail."""
+    errors = []
+    format, refs = read_refs(root, format, errors)
+    triples = {(ref.image, ref.phrase, ref.split) for ref in refs}
+    n_splits = Counter((image, phrase) for image, phrase, _ in triples)
+    good = []
+    warnings = defaultdict(list)  # text -> its rows
+    for ref in tqdm(refs, f"checking {root}"):
+        row = f"{ref.split}, ref_id {ref.ref_id}, {ref.image.name}"
+        with named(row, errors):
+            for text in find_defects(ref):
+                warnings[text].append(row)
+            if n_splits[ref.image, ref.phrase] > 1:
+                warnings["another split has this image and phrase"].append(row)
+            good.append(ref)
+    counts = Counter(ref.split for ref in refs)
+    print(f"{format}: {dict(counts)} phrases. Published: {FORMATS[format][2]}")
+    for text in errors:
+        print(f"error: {text}")
+    for text, rows in warnings.items():
+        print(f"warning: {text}, {len(rows)} rows:", "; ".join(rows[:10]))
+    if 0 < counts["train"] < 32:  # train.py's default
+        print(f"train has {counts['train']} rows: train.py lowers --total-batch to that or less")
     cells = []
     for ref in good[::len(good) // 12 + 1]:  # up to 12
         image = read_image(ref.image).resize((300, 300))
-        picture = overlay(image, resize_mask(read_mask(ref), 300, 300))
-        cells.append((f"{ref.split}: {ref.phrase}", picture))
+        mask = resize_mask(read_mask(ref), 300, 300)
+        cells.append((f"{ref.split}: {ref.phrase}", overlay(image, mask)))
     if cells:
-        contact_sheet(cells, 4, 300).save(root / "check.jpg", quality=90)
+        contact_sheet(cells, 4, 300).save(Path(root, "check.jpg"), quality=90)
         print(f"wrote {root}/check.jpg")
-    if len(good) < len(refs) or len(counts) < 3:
-        raise ValueError(f"training would fail: {len(refs) - len(good)} bad rows, phrases {counts}.")
+    problems = [f"{len(errors)} bad rows"] if errors else []  # train.py reads all splits, and stops
+    problems += [f"no {split} rows" for split in SPLITS if not counts[split]]
+    if problems:
+        raise InputError(f"training would fail: {', '.join(problems)}.")
 
+HUB = {  # repository; where its zip goes; a pattern of files at the zip's top; what to put where by hand
+    "rrsisd": ("VoyageWang/rrsis-d", "images/rrsisd/JPEGImages", "[!.]*.jpg",
+               "JPEGImages.zip unpacked into images/rrsisd/JPEGImages, refs(unc).p and instances.json "
+               "into rrsisd"),
+    "refsegrs": ("JessicaYuan/RefSegRS", "", "output_phrase_train.txt",
+                 "RefSegRS.zip unpacked")}
 
 def download(dataset, root):
-    """Fetch a data set from the Hugging Face hub and unpack it into ROOT. Raises OSError."""
+    """Fetch a data set from the Hugging Face hub and unpack it into ROOT. Raises InputError, OSError."""
     from huggingface_hub import snapshot_download  # reads HF_ENDPOINT when it is imported
-    repository, images, marker = HUB[dataset]
+    repository, images, marker, by_hand = HUB[dataset]
+    # Of both repositories:
     patterns = ["*JPEGImages.zip", "*instances.json", "*refs(unc).p", "*RefSegRS.zip"]
-    folder = snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
+    try:
+        folder = snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
+    except Exception as error:  # the hub's client raises those of its network libraries, too
+        text = textwrap.shorten(str(error), 200)
+        raise InputError(f"cannot fetch {repository}: {text}. Set HF_ENDPOINT to a mirror, or put into "
+                         f"{root} by hand: {by_hand}.") from error
     for path in [path for pattern in patterns for path in Path(folder).rglob(pattern)]:
         if path.suffix == ".zip":
-            print(f"unpacking {path}")
-            temporary = Path(root) / "unpacked"
+            temporary = Path(root, "unpacked")
             shutil.unpack_archive(path, temporary)
             top = next(temporary.rglob(marker)).parent  # whatever folders the zip has above it
-            shutil.copytree(top, Path(root) / images, copy_function=shutil.move, dirs_exist_ok=True)
+            # Moves the files, also into a folder that exists.
+            shutil.copytree(top, Path(root, images), copy_function=shutil.move, dirs_exist_ok=True)
             shutil.rmtree(temporary)
         else:
             Path(root, "rrsisd").mkdir(parents=True, exist_ok=True)
             shutil.copy(path, Path(root, "rrsisd"))
 
-
 def overlay(image, mask, colour=(255, 40, 40)):
     """RGB PIL image, mask (H, W) bool -> the image with the mask outlined and the rest darker."""
     mask = Image.fromarray(np.asarray(mask)).convert("L")
     picture = Image.composite(image, image.point(lambda value: int(0.65 * value)), mask)
-    for width, line in ((7, (255, 255, 255)), (5, colour)):
-        picture.paste(line, mask=ImageChops.subtract(mask.filter(ImageFilter.MaxFilter(width)), mask))
+    for width, ink in ((7, (255, 255, 255)), (5, colour)):  # a ring of 3 pixels, and one of 2 over it
+        ring = ImageChops.subtract(mask.filter(ImageFilter.MaxFilter(width)), mask)
+        picture.paste(ink, mask=ring)
     return picture
-
 
 def heatmap(image, values, side):
     """RGB PIL image, tensor (h, w) -> the image (side, side), bright where the values are high."""
@@ -329,10 +459,10 @@ def heatmap(image, values, side):
     dark = image.point(lambda value: int(0.15 * value))
     return Image.composite(image, dark, light.resize((side, side), Image.BICUBIC))
 
-
 def contact_sheet(cells, columns, side):
     """[(caption, PIL image), ...] -> one PIL image, row by row, captions of up to two lines below."""
     rows = math.ceil(len(cells) / columns)
+    # Gaps are 10 pixels wide, captions 44 high; a character takes about 7.
     sheet = Image.new("RGB", (columns * (side + 10), rows * (side + 44)), "white")
     for i, (caption, image) in enumerate(cells):
         x = i % columns * (side + 10)
@@ -341,7 +471,6 @@ def contact_sheet(cells, columns, side):
         text = "\n".join(textwrap.wrap(caption, side // 7)[:2])
         ImageDraw.Draw(sheet).text((x, y + side + 3), text, "black", ImageFont.load_default(13))
     return sheet
-
 
 # --------------------------------------------------------------------------------------------------- toy
 
@@ -353,18 +482,15 @@ GROUNDS = ((96, 122, 70), (164, 138, 104), (158, 156, 150), (136, 140, 84))  # g
 LAND, BUSH, ROAD, SHORE, WATER, TAKEN = range(6)  # classes of a pixel of the terrain
 TERRAIN_COLOURS = ((62, 94, 50), (98, 98, 98), (176, 164, 132), (36, 72, 92))  # from BUSH to WATER
 
-
 def box(left, top, right, bottom, cut=0):
     """Polygon of a rectangle whose corners are cut off."""
     return [(left + cut, top), (right - cut, top), (right, top + cut), (right, bottom - cut),
             (right - cut, bottom), (left + cut, bottom), (left, bottom - cut), (left, top + cut)]
 
-
 def disc(x, y, radius, start=0, stop=360):
     """Polygon of a disc, or of its sector between two angles in degrees."""
     angles = np.radians(np.linspace(start, stop, 31))
     return [(x, y), *zip(x + radius * np.cos(angles), y + radius * np.sin(angles))]
-
 
 # category -> its name, its colours, and its parts in the order of drawing: a factor on the colour (0.2
 # is dark as glass, 9 white) and a polygon in a square of 100, pointing right. The first is the outline.
@@ -392,7 +518,6 @@ OBJECTS = {
                 (0, 76), (10, 76), (17, 60), (30, 60), (20, 98), (40, 98), (64, 60), (93, 60),
                 (100, 55)]), (1, box(0, 40, 100, 60, 5)), (0.2, box(87, 45, 95, 55, 3))])}
 
-
 def draw_terrain(rng):
     """Draw land with bushes, a road and a shore: a PIL image of classes, three times SCENE wide."""
     side = 3 * SCENE
@@ -409,7 +534,6 @@ def draw_terrain(rng):
     draw.line([*zip(x, y)], fill=SHORE, width=24)
     draw.polygon([*zip(x, y), (2 * side, 9 * side), (-side, 9 * side)], fill=WATER)
     return terrain.rotate(90 * int(rng.integers(4)))
-
 
 def place_objects(rng, terrain):
     """Return up to five objects of three categories, ships on water, others on land, none near another.
@@ -431,7 +555,6 @@ def place_objects(rng, terrain):
             objects.append(item)
     return objects
 
-
 # place -> (distance, inner, outer): the target is nearer than `inner`, its distractors are farther than
 # `outer`. Positions between the two are ambiguous and get no such phrase.
 PLACES = {
@@ -446,12 +569,10 @@ PLACES = {
     "on the lower right": (lambda item: max(1 - item.x, 1 - item.y), 0.4, 0.52)}
 DIRECTIONS = ("right", "lower right", "bottom", "lower left", "left", "upper left", "top", "upper right")
 
-
 def angle_to(anchor, direction, target):
     """Degrees between a direction and the line from the anchor to the target, 0 to 180."""
     angle = math.degrees(math.atan2(target.y - anchor.y, target.x - anchor.x))
     return abs((angle - 45 * DIRECTIONS.index(direction) + 180) % 360 - 180)
-
 
 def name_object(objects, target, attributes):
     """("size", "colour") -> "small red ship", and its distractors: other objects with that name."""
@@ -459,7 +580,6 @@ def name_object(objects, target, attributes):
     distractors = [other for other in objects if other is not target and all(
         getattr(other, key) == getattr(target, key) for key in ("category", *attributes))]
     return " ".join(words), distractors
-
 
 def choose_phrase(rng, objects, target):
     """Return a phrase that is true of the target and clearly of no other object, or None."""
@@ -484,7 +604,6 @@ def choose_phrase(rng, objects, target):
     article = rng.choice(["The", "An" if phrase.startswith("a") else "A"])
     return f"{article} {phrase}"
 
-
 def toy_tokenizer():
     """A word-level tokenizer for the toy's words. As in SigLIP: 0 <pad>, 1 </s> (appended), 2 <unk>."""
     names = [name for name, _, _ in OBJECTS.values()]
@@ -494,7 +613,6 @@ def toy_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
     return tokenizer
-
 
 def toy_scene(seed, index):
     """Return a PIL image and four (object with its mask, phrase), the same for the same arguments."""
@@ -529,17 +647,15 @@ def toy_scene(seed, index):
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     return image, [rows[i] for i in rng.permutation(len(rows))[:4]]
 
-
 def write_toy(root, train=2800, val=100, test=320, seed=0):
-    """Draw a toy data set into a folder. Raises ValueError if it already holds one."""
+    """Draw a toy data set into a folder. Raises InputError if it already holds one."""
     root = Path(root)
     if any((root / marker).exists() for marker, *_ in FORMATS.values()):
-        raise ValueError(f"{root} already holds a data set. Choose another folder or delete it.")
+        raise InputError(f"{root} already holds a data set. Choose another folder or delete it.")
     for folder in ("images", "masks"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     splits = ["train"] * train + ["val"] * val + ["test"] * test
-    scenes = DataLoader(range(len(splits)), batch_size=None, collate_fn=partial(toy_scene, seed),
-                        num_workers=2, worker_init_fn=worker_init)
+    scenes = DataLoader(range(len(splits)), None, num_workers=2, collate_fn=partial(toy_scene, seed))
     lines = []
     for index, (image, phrases) in enumerate(tqdm(scenes, f"drawing {root}")):
         name = f"{index:05d}.jpg"
@@ -550,51 +666,52 @@ def write_toy(root, train=2800, val=100, test=320, seed=0):
             row = dict(image=name, mask=mask, phrase=phrase, split=splits[index], category=item.category)
             lines.append(json.dumps(row))
     (root / "phrases.jsonl").write_text("\n".join(lines))  # last: it marks a complete data set
-
+    print(f"wrote {root}: {len(splits)} scenes of 4 phrases: train {4 * train}, val {4 * val}, "
+          f"test {4 * test}")
 
 # --------------------------------------------------------------------------------------------- commands
 
-def worker_init(worker):
-    """worker_init_fn of a DataLoader. Ctrl-C is for the main process: it finishes its step and saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setsid"):  # not on Windows
-        os.setsid()
-
+def rank_and_world_size():
+    """Return the number of this process and of all processes; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def run(main):
     """Run a command. Bad input ends it with one line and exit status 1 instead of a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")  # a console that is not UTF-8 shows "\u6f22"
     try:
         main()
-    except (OSError, ValueError) as error:
-        text = str(error)
-        if "DataLoader worker" in text:  # the worker's traceback: its last line is the message
-            text = text.strip().splitlines()[-1].partition(": ")[2]
-        sys.exit(f"error: {text}")
-
+    except torch.OutOfMemoryError as error:
+        text = str(error).partition(". ")[0]
+        sys.exit(f"error: {text}: lower --batch-size; in training give --checkpoint-activations.")
+    except (InputError, OSError) as error:
+        message = str(error)
+        if "DataLoader worker" in message:  # the worker's traceback: its last line is the message
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        sys.exit(f"error: {message}")
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Check, download or draw a data set.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("check", help="open every file, list every defect")
     command.add_argument("dir", type=Path)
-    command.add_argument("--dataset", choices=list(FORMATS), help="default: detected from the folder")
+    command.add_argument("--format", choices=list(FORMATS), help="default: detected from the folder")
     command = commands.add_parser("download", help="fetch from the Hugging Face hub, unpack, check")
     command.add_argument("dataset", choices=list(HUB))
     command.add_argument("dir", type=Path)
-    command = commands.add_parser("toy", help="draw a toy data set")
+    command.set_defaults(format=None)
+    command = commands.add_parser("toy", help="draw a toy data set of so many scenes")
     command.add_argument("dir", type=Path)
-    command.add_argument("--train", type=int, default=2800, help="scenes (default: 2800)")
-    command.add_argument("--val", type=int, default=100, help="default: 100")
-    command.add_argument("--test", type=int, default=320, help="default: 320")
-    command.add_argument("--seed", type=int, default=0, help="default: 0")
+    for name, default in (("train", 2800), ("val", 100), ("test", 320), ("seed", 0)):
+        command.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     args = parser.parse_args(argv)
-    if args.command == "toy":
-        write_toy(args.dir, args.train, args.val, args.test, args.seed)
-        return
     if args.command == "download":
         download(args.dataset, args.dir)
-    check(args.dir, args.dataset)
-
+    if args.command == "toy":
+        write_toy(args.dir, args.train, args.val, args.test, args.seed)
+    else:
+        check(args.dir, args.format)
 
 if __name__ == "__main__":
     run(main)
