@@ -83,7 +83,6 @@ def meta_model(size, **settings):                                     # at full 
         return RSRefSeg(size, **settings)
 
 def batch(images=2, phrases=1, length=7, side=SMALL_SAM.image_size):
-    """Returns random images, ids and mask of phrases of one length, and target masks."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, 120, (images * phrases, length), generator=generator)
     ids[:, -1] = siglip.EOS
@@ -1397,3 +1396,5 @@ def bench_command(argv):
 if __name__ == "__main__":
     commands = dict(parity=parity_command, bench=bench_command, train=train.main)    # for the tests
     data.run(functools.partial(commands[sys.argv[1]], sys.argv[2:]))
+    sys.stdout.flush()
+    os._exit(0)     # some exits of gloo processes abort, with all that this file imports
