@@ -63,7 +63,7 @@ def evaluate(model, dataset, batch_size, amp="off", workers=0, masks=None):
             mask = (logits > 0).cpu().numpy()
             intersection = int((mask & target).sum())
             union = int((mask | target).sum())
-            index = indices[len(rows)]                         # rows follow the indices
+            index = indices[len(rows)]                         # the next one of this process
             rows.append(dict(index=index, ref_id=ref.ref_id, image=str(ref.image), phrase=ref.phrase,
                              category=ref.category, intersection=intersection, union=union,
                              iou=iou(intersection, union)))
@@ -110,7 +110,7 @@ def best_median_worst(rows):
 
 @torch.inference_mode()
 def picture_sheet(model, dataset, rows, indices, side=224):
-    """Returns a contact sheet, a line per sample: image, word maps, sentence map, target, prediction."""
+    """Returns a contact sheet, a line a sample: image, mean word map, sentence map, target, prediction."""
     cells = []
     for index in indices:
         row = rows[index]

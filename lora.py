@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 class AdapterLinear(nn.Linear):
-    """Computes in the type of its input, which autocast does by itself, but a bf16 or fp64 model without
-    autocast does not. Its own weight stays fp32."""
+    """Its weight stays fp32 and is used in the type of the input. Under autocast this changes nothing;
+    without, an fp32 adapter on a bf16 or fp64 layer would raise an error."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
@@ -48,7 +48,7 @@ class LoRA(nn.Module):
         return self.base(x) + self.B(self.A(self.dropout(x))) * self.scale
 
     @property
-    def weight(self):                            # for code that asks any layer for its weight
+    def weight(self):                            # so that LoRA can stand for the layer in other code
         return self.base.weight
 
     @property

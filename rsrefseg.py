@@ -75,8 +75,9 @@ class AttnPrompter(nn.Module):
         word_map = torch.sigmoid(a * torch.einsum("ndhw,nld->nlhw", v_unit, t_unit) + b)
         sentence_map = a * torch.einsum("ndhw,nd->nhw", v_unit, s_unit) + b
 
-        # The mean over real tokens. The released code's includes padding, if a batch has any. SigLIP's b
-        # is about -16: word maps of its published weights are near 0, and f_local is about v / 2.
+        # SigLIP's b is about -16. With its published weights the maps are near 0 at first: f_local is
+        # about v / 2 and f_global about 0, but the dense prompt receives the logits.
+        # The mean is over real tokens; the released code's includes padding, if a batch has any.
         is_token = token_mask[:, :, None, None].to(word_map.dtype)
         mean_map = (word_map * is_token).sum(1, keepdim=True) / is_token.sum(1, keepdim=True)
         f_local = (v + v * mean_map) / 2                         # eq. 3, local semantics
@@ -178,7 +179,7 @@ class RSRefSeg(nn.Module):
 
     def predict(self, image, ids, token_mask):
         """An RGB PIL image, resized to the model's input, and N phrases -> Output."""
-        pixels = image_tensor(image, self.image_size)[None].to(self.device) / 255
+        pixels = image_tensor(image, self.image_size)[None].to(self.device) / 255    # (1, 3, S, S)
         return self(pixels, ids, token_mask)
 
     @torch.inference_mode()
@@ -323,7 +324,7 @@ def fetch(source, filename):
         path = path / filename
     if path.is_file():
         return str(path)
-    revision = dict(HUB.values()).get(source)
+    revision = dict(HUB.values()).get(source)                  # HUB's values are (name, revision)
     if revision is None and (path.parent.is_dir() or source.count("/") != 1):      # no user/name
         raise InputError(f"there is no file {path}. If weights moved, give --siglip or --sam-weights. "
                          "Of a folder that DeepSpeed wrote, name the file mp_rank_00_model_states.pt.")
@@ -366,7 +367,7 @@ def read_checkpoint(path):
     return convert_official(state, path)
 
 def load_tensors(model, tensors, path, assign=False):
-    """Load {name: tensor}, read from `path`. Only frozen parameters that have a value, not being on the
+    """Load {name: tensor}, read from `path`. Only a frozen parameter that is loaded already, not on the
     meta device, may be missing. With `assign` the tensors become the model's own."""
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     optional = [name for name, p in model.named_parameters() if not p.requires_grad and not p.is_meta]
@@ -484,7 +485,9 @@ def main(argv=None):
 
 # -------------------------------------------------------------------- the released code's checkpoints
 
-OFFICIAL_NAMES = (   # regular expression for the released code's names -> our name, in this order
+# Regular expression for the released code's names -> our name, in this order. Both of its sizes have two
+# down blocks, so that their third spatial block is our `project`.
+OFFICIAL_NAMES = (
     (r"^module\.", ""), (r"\.base_model\.model", ""), (r"\.base_layer\.", ".base."),
     (r"\.lora_([AB])\.default", r".\1"), ("^clip_vision_encoder.model", "siglip.vision_model"),
     ("^clip_text_encoder.model", "siglip.text_model"), ("^clip_text_encoder", "siglip"),

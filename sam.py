@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 NUM_MASK_TOKENS = 4   # mask 0 answers an unambiguous prompt; 1-3 are whole, part and subpart
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
-LARGE_GRID = 32       # between the sides of windows, 14, and of global layers, 64
+LARGE_GRID = 32       # from this side on a CPU attends row by row: windows have 14, global layers 64
 
 @dataclass(frozen=True)
 class SAMConfig:
@@ -77,7 +77,8 @@ def window_unpartition(windows, H, W):
     """(B * rows * columns, n, n, D) -> (B, H, W, D), the padding removed."""
     n = windows.shape[1]
     x = windows.unflatten(0, (-1, math.ceil(H / n), math.ceil(W / n)))     # (B, rows, columns, n, n, D)
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :H, :W]
+    x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)                      # (B, rows n, columns n, D)
+    return x[:, :H, :W]
 
 def attend(q, k, v, row_bias, column_bias):
     """softmax(q.k / sqrt(d) + bias) v over an n x n grid; q, k, v and the result (B, heads, n * n, d).
@@ -94,7 +95,7 @@ def attend(q, k, v, row_bias, column_bias):
     codes = torch.cat([one_hot.repeat_interleave(n, 0), one_hot.repeat(n, 1)], 1)    # (n * n, 2n)
     q = torch.cat([q * d ** -0.5, row_bias.flatten(2, 3), column_bias.flatten(2, 3), zeros], -1)
     k = torch.cat([k, codes.expand(*k.shape[:2], -1, -1), zeros], -1)       # (..., d + 2n + extra)
-    v = F.pad(v, (0, 2 * n + extra))        # and v as wide as q: its zeros are cut off again
+    v = F.pad(v, (0, 2 * n + extra))        # the fused kernel needs one width for q, k and v
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
 
 def attend_row(q, k, v, row_bias, column_bias):
@@ -127,7 +128,7 @@ class Attention(nn.Module):
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * n - 1, width // heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * n - 1, width // heads))
 
-    def forward(self, x):                                  # (B, n, n, D), in windows B * windows for B
+    def forward(self, x):                                  # (B, n, n, D), a window counts as an image
         B, n, _, D = x.shape
         qkv = self.qkv(x).reshape(B, n * n, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                               # (B, heads, n * n, d) each
@@ -136,8 +137,7 @@ class Attention(nn.Module):
         grid = q.unflatten(2, (n, n))
         row_bias = torch.einsum("bhyxd,ykd->bhyxk", grid, self.rel_pos_h[offset])
         column_bias = torch.einsum("bhyxd,xkd->bhyxk", grid, self.rel_pos_w[offset])
-        # Without matrix units, a GPU's or for bf16 those of Intel's AMX, rows are faster than the fused
-        # call; not in windows, whose scores are few anyway.
+        # On a CPU without matrix units for this type (AMX, bf16 only) large grids are faster by rows.
         matrix_units = x.is_cuda or (q.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
         attention = attend if matrix_units or n < LARGE_GRID else attend_by_rows
         x = attention(q, k, v, row_bias, column_bias)
@@ -244,7 +244,8 @@ class PromptEncoder(nn.Module):
         encoder's input, with labels (N, P): 1 foreground, 0 background, -1 padding, so that images may
         have different numbers of points. Boxes (N, 4) are x1, y1, x2, y2. Both need
         positional_encoding, SAM.shared_image_embedding.
-        -> sparse (N, M, C) or None, M = P + 1, P + 2 with boxes, or 2; dense (N or 1, C, e, e)."""
+        -> sparse (N, M, C) or None, M = P + 1 for points, 2 for a box, P + 2 for both; dense (N, C, e,
+        e), or (1, C, e, e) without masks."""
         background, foreground, *corners = [embed.weight for embed in self.point_embed]
         sparse = []
         if points is not None:
@@ -257,10 +258,10 @@ class PromptEncoder(nn.Module):
             pos = positional_encoding((points + 0.5) / self.image_size)     # + 0.5: the pixel's centre
             pos = torch.where((labels == -1)[..., None], 0.0, pos)
             by_label = torch.cat([self.not_a_point_embed.weight, background, foreground])   # -1, 0, 1
-            sparse.append(pos + by_label[labels + 1])
+            sparse.append(pos + by_label[labels + 1])                                     # (N, P, C)
         if boxes is not None:
             pos = positional_encoding((boxes.unflatten(-1, (2, 2)) + 0.5) / self.image_size)
-            sparse.append(pos + torch.cat(corners))
+            sparse.append(pos + torch.cat(corners))                                       # (N, 2, C)
         if masks is not None:
             dense = self.mask_embed(masks)
         else:
@@ -322,7 +323,7 @@ class TwoWayTransformer(nn.Module):
         C = config.prompt_width
         self.layers = nn.ModuleList([TwoWayLayer(config, first=True), TwoWayLayer(config, first=False)])
         self.final_attn_token_to_image = DecoderAttention(C, config.decoder_heads)
-        self.layer_norm_final_attn = nn.LayerNorm(C, eps=1e-5)    # here only, as in transformers
+        self.layer_norm_final_attn = nn.LayerNorm(C, eps=1e-5)  # 1e-5 only here, as transformers
 
     def forward(self, tokens, features, features_pos):
         token_pos = tokens                           # a token's position is its own initial value
@@ -403,7 +404,8 @@ class SAM(nn.Module):
     def decode(self, features, sparse, dense, multimask=True):
         """Features of B images and prompts for N masks; other shapes as in MaskDecoder.forward."""
         N = len(dense) if sparse is None else len(sparse)
-        if N > 1:                               # 1 may stand for all images: the dense prompt of no mask
+        # Without any prompt N is 1: the dense prompt of no mask is then broadcast over the images.
+        if N > 1:
             if N % len(features):
                 raise ValueError(f"{N} prompts for {len(features)} images: give k for each image.")
             features = features.repeat_interleave(N // len(features), 0)
@@ -423,6 +425,7 @@ def read_state(path):
             is_safetensors = file.read(9)[8:] == b"{"          # a length, then a header in JSON
         state = load_file(path) if is_safetensors else torch.load(path, "cpu", weights_only=True)
         return dict(state.items())
+    # Each format has its errors; AttributeError: what was saved is no dict.
     except (SafetensorError, RuntimeError, EOFError, AttributeError, LookupError,
             pickle.UnpicklingError) as error:
         # PyTorch's message names an object that is no tensor: reading one can run any code.

@@ -96,9 +96,9 @@ class Encoder(nn.Module):
         return x
 
 def sincos_position_embedding(g, width):
-    """Returns (g * g, width): sines and cosines of row and column, with 1/4 to g/4 periods per side of
-    the grid and amplitude 1/2. Only for tiny, which learns faster from them than from noise: the weights
-    of so400m replace them."""
+    """Returns (g * g, width), a quarter each: sine and cosine of the row, sine and cosine of the column,
+    at amplitude 1/2 and width / 4 frequencies from 1/4 to g/4 periods per side. Only for tiny, which
+    learns faster from them than from noise; the weights of so400m replace them."""
     position = (torch.arange(g) + 0.5) / g
     periods = 2 ** torch.linspace(-2, math.log2(g / 4), width // 4)
     angles = 2 * torch.pi * position[:, None] * periods                        # (g, width / 4)
@@ -117,7 +117,7 @@ class VisionEmbeddings(nn.Module):
         patch = config.patch // 2 ** len(config.stem)
         g = config.image_size // config.patch
         self.patch_embedding = nn.Conv2d(widths[-1], config.width, patch, patch)
-        self.position_embedding = nn.Embedding(g * g, config.width)     # all are used, none is looked up
+        self.position_embedding = nn.Embedding(g * g, config.width)    # for its name in the weights only
         self.position_embedding.weight.data = sincos_position_embedding(g, config.width)
 
     def forward(self, pixels):
@@ -186,7 +186,7 @@ class SigLIP(nn.Module):
         """ids (N, L) and mask (N, L), True on tokens and False on padding, both from `tokenize`
         -> tokens T (N, L, D), sentence s (N, D): T at each phrase's EOS, through the head. SigLIP was
         trained on phrases padded to 64 tokens, without a mask, and read at the 64th. RSRefSeg reads the
-        EOS; padding only fills a batch of phrases of different lengths, and is masked."""
+        EOS, as its released code does; padding only fills a batch, and is masked."""
         return self.text_model(ids, mask)
 
 def canonical(phrase):
@@ -207,7 +207,7 @@ def tokenize(tokenizer, phrases):
     return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
 def out_of_vocabulary(tokenizer, phrases):
-    """Returns the words that map to <unk>: none with SigLIP's tokenizer, which spells them in bytes."""
+    """Returns the words that map to <unk>: none with SigLIP's tokenizer, which falls back to bytes."""
     words = canonical(" ".join(phrases)).split()
     return [word for word in words if "<unk>" in tokenizer.encode(word).tokens]
 

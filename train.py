@@ -47,7 +47,8 @@ MAY_CHANGE = ("data", "format", "out", "siglip", "sam_weights", "init", "resume"
 
 def parse_args(argv=None):
     """Returns the arguments. The defaults are the paper's for b and l; TINY has those of tiny."""
-    size = argparse.ArgumentParser(add_help=False, allow_abbrev=False)     # first: it sets the defaults
+    # --sam is parsed first: the size decides the other defaults.
+    size = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     size.add_argument("--sam", choices=list(SIGLIP_SIZE), default="b", help="size")
     parser = argparse.ArgumentParser(description="Train RSRefSeg.", parents=[size], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -101,7 +102,7 @@ def learning_rate(step, steps_per_epoch, args):
     """Linear from 0.01 lr to lr over the warm-up, then cosine to 0.001 lr at the end."""
     warmup = args.warmup_epochs * steps_per_epoch
     total = args.epochs * steps_per_epoch
-    if step < warmup:                                           # the last warm-up step has the full rate
+    if step < warmup:     # the last warm-up step has the full rate; min, as warmup may be a fraction
         return args.lr * (0.01 + 0.99 * min(1, step / max(1, warmup - 1)))
     cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
     return args.lr * (0.001 + 0.999 * cosine)
@@ -119,8 +120,8 @@ def init_distributed(args):
     return rank_and_world_size()
 
 def fit_batch(args, items, world_size):
-    """Lower --total-batch to a train split of few items, an image with its phrases_per_image phrases
-    each. Returns the steps per epoch."""
+    """Returns the steps per epoch. An item is an image with its phrases_per_image phrases. A train split
+    with fewer items than --total-batch lowers it."""
     if args.total_batch > items >= world_size:
         args.batch_size = min(args.batch_size, items // world_size)
         args.total_batch = items - items % (args.batch_size * world_size)
@@ -157,7 +158,7 @@ def initial_model(args):
     settings = {name: getattr(args, name) for name in names}
     if args.init:
         model = RSRefSeg.from_checkpoint(args.init, args.siglip, args.sam_weights)
-        if model.tower_sources:               # else checkpoints hold the towers too: keep them in fp32
+        if model.tower_sources:               # else the towers are saved too, and bf16 would round them
             cast_frozen_linears(model, dtype)
         if model.settings["sam"] != args.sam:
             raise InputError(f"{args.init} holds size {model.settings['sam']}, not --sam {args.sam}.")
@@ -235,7 +236,9 @@ def training_step(step, model, ddp_model, loader, optimizer, scaler, args):
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()   # inf: no clip
     loss = mean_loss.item()
     broken = not math.isfinite(loss)
-    if not math.isfinite(norm):      # GradScaler skips such a step and halves its scale, from 65,536
+    if not math.isfinite(norm):
+        # With fp16, GradScaler skips such a step and halves its scale, 65,536 at first. After 26 of them
+        # in a row the scale cannot be the reason.
         broken = broken or not scaler.is_enabled() or scaler.get_scale() < 1e-3
     if broken:
         raise InputError(f"step {step}: loss {loss}, gradient {norm}, samples {samples}; resume.pt is "
@@ -275,7 +278,7 @@ def train(args):
     torch.backends.cuda.enable_cudnn_sdp(False)
 
     # Data
-    exists = (args.data / "phrases.jsonl").exists()                    # the file that is written last
+    exists = (args.data / "phrases.jsonl").exists()                    # write_toy writes it last
     if args.data == TINY["data"] and not exists and rank == 0:
         write_toy(args.data)
     if world_size > 1:
@@ -342,14 +345,14 @@ def train(args):
             log(args.out, "train", done, record)
             losses = []
         if done == total_steps or done % (args.val_every * steps_per_epoch) == 0:
-            if optimizer.state[parameters[0]]["step"] == 0:
+            if optimizer.state[parameters[0]]["step"] == 0:            # it does not count skipped steps
                 raise InputError("no step was made: each gradient overflowed in fp16. Try --amp bf16.")
             best = validate(model, val_set, done, best, args)
             save_state(args, config, done, best, model, optimizer, scaler)
         elif done % args.save_every == 0:
             save_state(args, config, done, best, model, optimizer, scaler)
         if not losses:
-            start = time.perf_counter()                                # leaves out the validation
+            start = time.perf_counter()                    # after a record; leaves out the validation
 
     # The final score, with the best checkpoint
     if world_size > 1:
