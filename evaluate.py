@@ -110,7 +110,7 @@ def best_median_worst(rows):
 
 @torch.inference_mode()
 def picture_sheet(model, dataset, rows, indices, side=224):
-    """Returns a contact sheet, a line a sample: image, mean word map, sentence map, target, prediction."""
+    """Returns a contact sheet, a line a sample: image, mean word map, sentence map, target, mask."""
     cells = []
     for index in indices:
         row = rows[index]
