@@ -14,10 +14,13 @@ Shapes: B images, k phrases per image, N = B k, S side of the model's input, H W
 import argparse
 import json
 import math
+import os
 import pickle
 import shutil
 import sys
 import textwrap
+import threading
+import time
 from collections import Counter, defaultdict, namedtuple
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -655,7 +658,8 @@ def write_toy(root, train=2800, val=100, test=320, seed=0):
     for folder in ("images", "masks"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     splits = ["train"] * train + ["val"] * val + ["test"] * test
-    scenes = DataLoader(range(len(splits)), None, num_workers=2, collate_fn=partial(toy_scene, seed))
+    scenes = DataLoader(range(len(splits)), None, num_workers=2, collate_fn=partial(toy_scene, seed),
+                        worker_init_fn=exit_with_parent)
     lines = []
     for index, (image, phrases) in enumerate(tqdm(scenes, f"drawing {root}")):
         name = f"{index:05d}.jpg"
@@ -674,6 +678,18 @@ def write_toy(root, train=2800, val=100, test=320, seed=0):
 def rank_and_world_size():
     """Return the number of this process and of all processes; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def exit_with_parent(worker):
+    """worker_init_fn of a DataLoader. A worker whose main process was killed would wait forever to hand
+    over its batch: end it within a second."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 def run(main):
     """Run a command. Bad input ends it with one line and exit status 1 instead of a traceback."""

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import FORMATS, SPLITS, InputError, RefSegDataset, collate, contact_sheet, heatmap, overlay
-from data import rank_and_world_size, read_image, run
+from data import exit_with_parent, rank_and_world_size, read_image, run
 from rsrefseg import AMP, DEVICE, RSRefSeg, autocast, default_amp
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -51,7 +51,8 @@ def evaluate(model, dataset, batch_size, amp="off", workers=0, masks=None):
         for buffer in model.buffers():       # BatchNorm's statistics differ: only CUDA synchronises them
             dist.broadcast(buffer, 0)
     indices = range(rank, len(dataset), world_size)
-    loader = DataLoader(Subset(dataset, indices), batch_size, collate_fn=collate, num_workers=workers)
+    loader = DataLoader(Subset(dataset, indices), batch_size, collate_fn=collate, num_workers=workers,
+                        worker_init_fn=exit_with_parent)
     rows = []
     for batch in tqdm(loader, f"evaluating {dataset.split}", leave=False, disable=rank > 0):
         images = batch["images"].to(model.device) / 255

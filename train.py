@@ -29,8 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import FORMATS, InputError, RefSegDataset, collate, rank_and_world_size, run
-from data import toy_tokenizer, write_toy
+from data import FORMATS, InputError, RefSegDataset, collate, exit_with_parent, rank_and_world_size
+from data import run, toy_tokenizer, write_toy
 from evaluate import evaluate, log, metrics, picture_sheet
 from lora import trainable_state_dict
 from rsrefseg import AMP, DEVICE, SIGLIP_SIZE, RSRefSeg, atomic_write, autocast, cast_frozen_linears
@@ -147,7 +147,7 @@ def batches(dataset, args, step, steps_per_epoch):
         # A separate generator: the loader must not advance the random numbers that dropout uses.
         yield from DataLoader(dataset, args.batch_size, sampler=order[:, rank].flatten().tolist(),
                               collate_fn=collate, num_workers=args.workers, generator=torch.Generator(),
-                              pin_memory=args.device == "cuda")
+                              pin_memory=args.device == "cuda", worker_init_fn=exit_with_parent)
         step = (epoch + 1) * steps_per_epoch
 
 def initial_model(args):
