@@ -1094,7 +1094,7 @@ def test_a_stopped_run_resumes_to_the_bit(toy, small, tmp_path, number, times):
         assert process.returncode == (1 if number == signal.SIGINT else -number)
         assert "Traceback" not in printed, printed
         assert number != signal.SIGINT or "with --resume" in printed, printed
-        deadline = time.time() + 15                      # workers look for their parent every second
+        deadline = time.time() + 5
         while processes_of(process.pid):
             assert time.time() < deadline, processes_of(process.pid)
             time.sleep(0.1)
