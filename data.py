@@ -693,7 +693,8 @@ def run(main):
         main()
     except torch.OutOfMemoryError as error:
         text = str(error).partition(". ")[0]
-        sys.exit(f"error: {text}: lower --batch-size; in training give --checkpoint-activations.")
+        sys.exit(f"error: {text}: lower --batch-size (in training with a new --out), or continue with "
+                 "--checkpoint-activations --resume.")
     except (InputError, OSError) as error:
         message = str(error)
         if "DataLoader worker" in message:  # the worker's traceback: its last line is the message

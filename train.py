@@ -12,7 +12,6 @@ resumed run ends with the same weights, bit for bit on a CPU in fp32 with as man
 """
 import argparse
 import io
-import json
 import math
 import os
 import sys
