@@ -6,9 +6,8 @@
                 {split, file_name, sent, segmentation}; the released code converts RRSIS-D to this form
     own         phrases.jsonl of {image, mask, phrase, split}, images/, masks/ (foreground is above 0)
 
-`python data.py check DIR` opens every file and lists every defect, `download rrsisd DIR` fetches a set,
-`toy DIR` draws a small set in the format `own`, whose phrases single out one object among others of
-its class.
+`python data.py toy DIR` draws a small set in the format `own`, whose phrases single out one object among
+others of its class.
 Shapes: B images, k phrases per image, N = B k, S side of the model's input, H W an image's size.
 """
 import argparse
@@ -48,22 +47,19 @@ class InputError(ValueError):
 
 @contextmanager
 def named(place, problems=None):
-    """Turn an error inside a `with` into an InputError that names the place. If there is a list of
-    problems, add the text to it instead, and go on after the `with`."""
+    """Turn an error inside a `with` into an InputError that names the place, or add it to `problems`."""
     try:
         yield
     except Exception as error:  # damaged files cause errors of many classes
-        what = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        text = f"{place}: {what}{error}".replace("KeyError:", "no field")  # as in: no field 'sent'
+        what = "" if type(error) in (InputError, ValueError) else f"{type(error).__name__}: "
+        text = f"{place}: {what}{textwrap.shorten(str(error), 1000)}".replace("KeyError:", "no field")
         if problems is None:
-            raise InputError(f"{text}. Correct it or fetch it again.") from error
+            raise InputError(f"{text.rstrip('.')}. Correct it or fetch it again.") from error
         problems.append(text)
 
 # ------------------------------------------------------------------------------------- images and masks
-
 def is_16_bit_colour(image):
-    """True if the file of a PIL image holds several channels of 16 bits. Pillow knows this until the
-    image is loaded."""
+    """True if the file of a PIL image that is not loaded yet holds several channels of 16 bits."""
     if len(image.getbands()) == 1:
         return False
     if image.format == "TIFF":
@@ -79,44 +75,30 @@ def upright(image):
     """PIL image -> a copy, turned as its EXIF orientation says, which is how every viewer shows it. A
     TIFF keeps its stored rows and columns, as in GDAL. Raises InputError for colour of 16 bits."""
     if is_16_bit_colour(image):  # Pillow reads the high byte, which is nearly 0 if a sensor has 12 bits
-        raise InputError(f"colour of 16 bits is not supported: {image.filename}. Convert it to 8 bits: "
-                         f"gdal_translate -ot Byte -scale {image.filename} OUT.tif")
+        raise InputError("colour of 16 bits is not supported: gdal_translate -ot Byte -scale IN OUT.tif")
     if image.format == "TIFF":
         image.getexif()[274] = 1  # no orientation, else Pillow would turn the pixels on loading
-        return image.copy()  # only the copy's size is that of the pixels
-    try:
+    with suppress(Exception):  # damaged EXIF, of many classes of errors: viewers ignore it
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF, of many classes of errors: viewers ignore it
-        return image.copy()
+    return image.copy()
 
-def stretch(values, no_data):
-    """Grey (H, W) float32 -> uint8, black from its 2nd percentile down, white from its 98th up. What is
-    not finite, or `no_data`, a number as text, becomes black."""
-    valid = np.isfinite(values)
-    with suppress(ValueError):  # the text may be no number
-        valid &= values != np.float32(no_data)
-    known = values[valid] if valid.any() else np.zeros(1)
-    # A lowest or highest value that over 2 % of the pixels have, and twice as many as the next value, is
-    # saturation or "no data" that no tag names: the percentiles leave it out.
-    inner = known
-    for end in (np.min, np.max):
-        others = known[known != end(known)]
-        if others.size:
-            count = known.size - others.size
-            if count > max(0.02 * known.size, 2 * (others == end(others)).sum()):
-                inner = inner[inner != end(known)]
-    low, high = np.percentile(inner, (2, 98))
+def stretch(values):
+    """Grey (H, W) float32 -> uint8, black from its 2nd percentile down, white from its 98th up."""
+    known = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
+    # Saturation and "no data" are no part of the picture: the ends, if over 2 % of the pixels have them.
+    ends = [end for end in (known.min(), known.max()) if (known == end).mean() > 0.02]
+    inner = known[~np.isin(known, ends)]
+    low, high = np.percentile(inner, (2, 98)) if inner.size else (0, 0)
     if low == high:  # nearly all pixels have one value: a scene at night, radar
         low, high = known.min(), known.max()
     values = np.clip((values - low) * (255 / max(high - low, 1e-9)), 0, 255)
-    return np.where(valid, values, 0).round().astype(np.uint8)
+    return np.nan_to_num(values).round().astype(np.uint8)  # NaN is black
 
 def to_rgb(image):
     """PIL image of any mode -> RGB, upright, transparency ignored, grey of over 8 bits stretched."""
-    no_data = str(getattr(image, "tag_v2", {}).get(42113)).strip(" \0")  # GDAL_NODATA, or "None"
     image = upright(image)
     if image.mode.startswith(("I", "F")):  # integers of 16 or 32 bits, floats
-        image = Image.fromarray(stretch(np.array(image, dtype=np.float32), no_data))
+        image = Image.fromarray(stretch(np.array(image, dtype=np.float32)))
     return image.convert("RGB")
 
 def binarize(image):
@@ -131,16 +113,11 @@ def read_image(path, convert=to_rgb):
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return convert(image)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such image.") from None
-    except InputError:
-        raise
     except Exception as error:  # each decoder raises its own classes
-        cure = "Fetch or convert it again."
-        if Path(path).suffix.lower() in (".tif", ".tiff"):
-            cure += (" Pillow reads one band of up to 32 bits, or up to four of 8 bits with RGB. Else: "
-                     f"gdal_translate -b 1 -b 2 -b 3 -ot Byte -scale -co PHOTOMETRIC=RGB {path} OUT.tif")
-        raise InputError(f"cannot read image {path}: {error}. {cure}") from error
+        raise InputError(
+            f"cannot read image {path}: {error}. Fetch it again. Of a TIFF Pillow reads one band up to "
+            "32 bits, or up to four of 8 bits with RGB. Of others make three bands: gdal_translate -b 1 "
+            f"-b 2 -b 3 -ot Byte -scale -co PHOTOMETRIC=RGB {path} OUT.tif") from error
 
 def image_files(folder):
     """Return a folder's images, sorted paths, without hidden files such as macOS's ._x.jpg."""
@@ -152,10 +129,9 @@ def image_tensor(image, side):
     return torch.from_numpy(np.array(image.resize((side, side), Image.BILINEAR))).permute(2, 0, 1)
 
 def tile_starts(length, tile):
-    """Return where windows of `tile` start along a side of `length` >= tile; neighbours overlap by at
-    least half."""
+    """Return where windows of `tile` start along a side of `length`. They overlap by at least half."""
     steps = math.ceil(2 * (length - tile) / tile)
-    return [round(i * (length - tile) / max(1, steps)) for i in range(steps + 1)]
+    return np.linspace(0, length - tile, steps + 1).round().astype(int).tolist()
 
 def resize_mask(mask, height, width):
     """(H, W) bool -> (height, width) bool, nearest."""
@@ -179,35 +155,29 @@ def parse_runs(text):
             value = shift = 0
     return runs
 
-def decode_rle(counts, height, width):
-    """COCO's run lengths, a list or a string -> mask (height, width) bool. Runs of 0s and 1s alternate,
-    column by column. Raises InputError."""
-    runs = parse_runs(counts) if isinstance(counts, str) else counts
+def decode_segmentation(segmentation):
+    """COCO's run lengths {size: [H, W], counts: list or string} -> mask (H, W) bool; runs of 0s and 1s
+    alternate, column by column. A list of such parts -> their union. Raises InputError."""
+    if isinstance(segmentation, list) and isinstance(segmentation[0], (dict, list)):
+        return np.any([decode_segmentation(part) for part in segmentation], 0)
+    if not isinstance(segmentation, dict):
+        raise InputError("this is a polygon. Only run lengths are supported (pycocotools: annToRLE)")
+    height, width = segmentation["size"]
+    runs = segmentation["counts"]
+    if isinstance(runs, str):
+        runs = parse_runs(runs)
     if sum(runs) != height * width or min(runs) < 0:
         raise InputError(f"the run lengths do not add up to {height} x {width} pixels")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T  # by columns
-
-def decode_segmentation(segmentation, image_path):
-    """COCO's run lengths {size: [H, W], counts}, polygon [x, y, x, y, ...] in pixels, or list of such
-    parts -> their union, mask (H, W) bool. A polygon takes its size from the image."""
-    if isinstance(segmentation, dict):
-        return decode_rle(segmentation["counts"], *segmentation["size"])
-    if isinstance(segmentation[0], (dict, list)):
-        return np.any([decode_segmentation(part, image_path) for part in segmentation], 0)
-    width, height = read_image(image_path).size  # as shown
-    canvas = Image.new("L", (3 * width, 3 * height))
-    ImageDraw.Draw(canvas).polygon([3 * value for value in segmentation], fill=1)
-    return np.asarray(canvas)[1::3, 1::3] > 0  # the middle of 3 x 3 is the centre of a pixel
 
 def read_mask(ref):
     """Return the stored mask of a row, (H, W) bool. Raises InputError."""
     if isinstance(ref.mask, Path):
         return read_image(ref.mask, binarize)
-    with named(f"mask of ref_id {ref.ref_id} ({ref.image.name}), COCO's run lengths or polygons"):
-        return decode_segmentation(ref.mask, ref.image)
+    with named(f"mask of ref_id {ref.ref_id} ({ref.image.name}), COCO's segmentation"):
+        return decode_segmentation(ref.mask)
 
 # -------------------------------------------------------------------------------------------- data sets
-
 def make_ref(ref_id, split, image, phrase, category, mask):
     """Return a Ref, checked, without spaces around the phrase. Raises InputError."""
     if split not in SPLITS:
@@ -225,9 +195,7 @@ def read_lines(path):
         if line.strip():
             yield f"{path.name} line {i}", f"{path.stem}:{i}", line.strip()
 
-# These readers yield the Refs of a data set. `named` puts the errors of bad rows into `problems`; errors
-# of the code that uses the Refs do not come here.
-
+# These readers yield the Refs of a data set. `named` puts what is wrong with bad rows into `problems`.
 def read_refsegrs(root, problems, images="images", masks="masks", suffix=".tif"):
     for split in SPLITS:
         for place, ref_id, line in read_lines(root / f"output_phrase_{split}.txt"):
@@ -261,26 +229,22 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"the pickle would call {module}.{name}")
 
 def read_rrsisd(root, problems):
-    path = root / "rrsisd" / "refs(unc).p"
-    with named(path), open(path, "rb") as file:
+    folder = root / "rrsisd"
+    with named(folder / "refs(unc).p"), open(folder / "refs(unc).p", "rb") as file:
         rows = list(PlainUnpickler(file).load())
-    path = root / "rrsisd" / "instances.json"
-    with named(path):
-        instances = json.loads(path.read_bytes())
+    with named(folder / "instances.json"):
+        instances = json.loads((folder / "instances.json").read_bytes())
         names = {row["id"]: row["name"] for row in instances["categories"]}
         masks = {row["id"]: row.get("segmentation") for row in instances["annotations"]}
     for i, row in enumerate(rows, 1):
-        sentences = []
         with named(f"refs(unc).p row {i}", problems):
-            image = root / f"images/rrsisd/JPEGImages/{row['file_name']}"
             mask = masks.get(row["ann_id"])
             if not mask:
                 raise InputError(f"ann_id {row['ann_id']} has no segmentation in instances.json")
-            sentences = row["sentences"]
-        for sentence in sentences:
-            with named(f"refs(unc).p row {i}", problems):
-                yield make_ref(row["ref_id"], row["split"], image, sentence["sent"],
-                               names.get(row.get("category_id")), mask)
+            image = root / f"images/rrsisd/JPEGImages/{row['file_name']}"
+            category = names.get(row.get("category_id"))
+            for sentence in row["sentences"]:
+                yield make_ref(row["ref_id"], row["split"], image, sentence["sent"], category, mask)
 
 FORMATS = {  # name -> what identifies it, tried in this order; its reader; its published phrases
     "rrsisd": ("rrsisd", read_rrsisd, "train 12,181, val 1,740, test 3,481"),
@@ -288,40 +252,37 @@ FORMATS = {  # name -> what identifies it, tried in this order; its reader; its 
     "risbench": ("img_rgb", read_risbench, "train 26,300, val 10,013, test 16,159"),
     "refsegrs": ("output_phrase_train.txt", read_refsegrs, "train 2,172, val 431, test 1,817")}
 
-def read_refs(root, format=None, problems=None):
-    """Return a data set's format and all its rows. `format` is a name in FORMATS; None detects it. Bad
-    rows raise InputError, or are left out and described in the list `problems`. A missing data set or a
-    file that is damaged as a whole raise InputError."""
+def read_refs(root, format=None):
+    """Return a data set's format (a name in FORMATS; None detects it), its good rows, and what is wrong
+    with the bad ones. Raises InputError for a missing or damaged file."""
     root = Path(root)
     formats = [format] if format else list(FORMATS)
     found = [name for name in formats if (root / FORMATS[name][0]).exists()]
     if not found:
         raise InputError(f"no data set ({', '.join(formats)}) in {root.absolute()}. Name another folder "
                          f"or fetch RRSIS-D: python data.py download rrsisd {root}")
-    bad = [] if problems is None else problems
     _, reader, _ = FORMATS[found[0]]
-    refs = list(reader(root, bad))
-    if bad and problems is None:
-        raise InputError(f"{len(bad)} bad rows in {root}: {'; '.join(bad[:5])}. Correct or remove them. "
-                         f"`python data.py check {root}` lists all.")
-    return found[0], refs
+    problems = []
+    refs = list(reader(root, problems))
+    return found[0], refs, problems
 
 class RefSegDataset(Dataset):
     """One split of a data set. An item is a dict of an image with k = `phrases` of its phrases:
-
         image        (3, S, S) uint8
         masks        (k, 1, S, S) bool
         originals    list of the k masks (H, W) bool at the image's size
         refs         list of the k rows
-
-    With k = 1, as in the paper, every phrase is an item. Else an image's phrases are dealt out k at a
-    time; a last group of fewer is filled up with its first phrases. Raises InputError for missing files
-    or rows."""
+    With k > 1 the phrases of an image are dealt out k at a time; a last group of fewer is filled up with
+    its first ones. Raises InputError for missing files or bad rows."""
 
     def __init__(self, root, split, side, phrases=1, format=None):
         self.split = split
         self.side = side
-        self.refs = [ref for ref in read_refs(root, format)[1] if ref.split == split]
+        _, refs, problems = read_refs(root, format)
+        if problems:
+            raise InputError(f"{len(problems)} bad rows in {root}: {'; '.join(problems[:5])}. Correct "
+                             f"or remove them. `python data.py check {root}` lists all.")
+        self.refs = [ref for ref in refs if ref.split == split]
         if not self.refs:
             raise InputError(f"{root} has no {split} rows. Add some, or name another folder.")
         files = {path for ref in self.refs for path in (ref.image, ref.mask) if isinstance(path, Path)}
@@ -349,61 +310,47 @@ class RefSegDataset(Dataset):
         return dict(image=image_tensor(image, self.side), masks=torch.from_numpy(masks)[:, None],
                     originals=originals, refs=refs)
 
-    def __str__(self):
-        return f"{self.split}: {len(self.refs):,} phrases"
-
 def collate(items):
-    """B items -> dict of images (B, 3, S, S) uint8, masks (N, 1, S, S) bool, and lists of N originals
-    and refs, k consecutive ones for each image."""
+    """B items -> images (B, 3, S, S) uint8, masks (N, 1, S, S) bool, lists of N originals and refs."""
     return dict(images=torch.stack([item["image"] for item in items]),
                 masks=torch.cat([item["masks"] for item in items]),
                 originals=[mask for item in items for mask in item["originals"]],
                 refs=[ref for item in items for ref in item["refs"]])
 
 # ----------------------------------------------------------------------------- check, download, pictures
-
-def find_defects(ref):
-    """Return a list of what is odd about a row's mask. Raises InputError for files it cannot read."""
-    image = read_image(ref.image)
-    mask = read_mask(ref)
-    colours = []
-    if isinstance(ref.mask, Path):  # as greys of any depth; getcolors(2) gives None for more than two
-        colours = read_image(ref.mask, lambda image: image.convert("F").getcolors(2))
-    defects = {"the mask has another size than the image": mask.shape != (image.height, image.width),
-               "the mask is empty": not mask.any(), "the mask covers everything": mask.all(),
-               "the mask has more than two values": colours is None}
-    return [text for text, found in defects.items() if found]
-
 def check(root, format=None):
     """Open every image and mask of a data set, print its size and its defects, and write samples to
     ROOT/check.jpg. Raises InputError at the end if training would fail."""
-    errors = []
-    format, refs = read_refs(root, format, errors)
-    triples = {(ref.image, ref.phrase, ref.split) for ref in refs}
-    n_splits = Counter((image, phrase) for image, phrase, _ in triples)
-    good = []
+    format, refs, errors = read_refs(root, format)
+    splits = defaultdict(set)
+    for ref in refs:
+        splits[ref.image, ref.phrase].add(ref.split)
     warnings = defaultdict(list)  # text -> its rows
-    for ref in tqdm(refs, f"checking {root}"):
+    cells = []
+    for i, ref in enumerate(tqdm(refs, f"checking {root}")):
         row = f"{ref.split}, ref_id {ref.ref_id}, {ref.image.name}"
         with named(row, errors):
-            for text in find_defects(ref):
-                warnings[text].append(row)
-            if n_splits[ref.image, ref.phrase] > 1:
-                warnings["another split has this image and phrase"].append(row)
-            good.append(ref)
+            image = read_image(ref.image)
+            mask = read_mask(ref)
+            values = []
+            if isinstance(ref.mask, Path):  # as grey; getcolors(2) gives None for more than two
+                values = read_image(ref.mask, lambda image: image.convert("F").getcolors(2))
+            defects = {"the mask has another size than the image": mask.shape != image.size[::-1],
+                       "the mask is empty": not mask.any(), "the mask covers everything": mask.all(),
+                       "the mask has more than two values": values is None,
+                       "another split has this image and phrase": len(splits[ref.image, ref.phrase]) > 1}
+            for text, found in defects.items():
+                if found:
+                    warnings[text].append(row)
+            if i % (len(refs) // 12 + 1) == 0:  # up to 12 samples
+                picture = overlay(image.resize((300, 300)), resize_mask(mask, 300, 300))
+                cells.append((f"{ref.split}: {ref.phrase}", picture))
     counts = Counter(ref.split for ref in refs)
     print(f"{format}: {dict(counts)} phrases. Published: {FORMATS[format][2]}")
     for text in errors:
         print(f"error: {text}")
     for text, rows in warnings.items():
         print(f"warning: {text}, {len(rows)} rows:", "; ".join(rows[:10]))
-    if 0 < counts["train"] < 32:  # train.py's default
-        print(f"train has {counts['train']} rows: train.py lowers --total-batch to that or less")
-    cells = []
-    for ref in good[::len(good) // 12 + 1]:  # up to 12
-        image = read_image(ref.image).resize((300, 300))
-        mask = resize_mask(read_mask(ref), 300, 300)
-        cells.append((f"{ref.split}: {ref.phrase}", overlay(image, mask)))
     if cells:
         contact_sheet(cells, 4, 300).save(Path(root, "check.jpg"), quality=90)
         print(f"wrote {root}/check.jpg")
@@ -412,54 +359,34 @@ def check(root, format=None):
     if problems:
         raise InputError(f"training would fail: {', '.join(problems)}.")
 
-HUB = {  # repository; where its zip goes; a pattern of files at the zip's top; what to put where by hand
-    "rrsisd": ("VoyageWang/rrsis-d", "images/rrsisd/JPEGImages", "[!.]*.jpg",
-               "JPEGImages.zip unpacked into images/rrsisd/JPEGImages, refs(unc).p and instances.json "
-               "into rrsisd"),
-    "refsegrs": ("JessicaYuan/RefSegRS", "", "output_phrase_train.txt",
-                 "RefSegRS.zip unpacked")}
-
-def download(dataset, root):
-    """Fetch a data set from the Hugging Face hub and unpack it into ROOT. Raises InputError, OSError."""
+def download(root):
+    """Fetch RRSIS-D from the Hugging Face hub and unpack it into ROOT. Raises InputError."""
     from huggingface_hub import snapshot_download  # reads HF_ENDPOINT when it is imported
-    repository, images, marker, by_hand = HUB[dataset]
-    # Of both repositories:
-    patterns = ["*JPEGImages.zip", "*instances.json", "*refs(unc).p", "*RefSegRS.zip"]
-    try:
-        folder = snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
-    except Exception as error:  # the hub's client raises those of its network libraries, too
-        text = textwrap.shorten(str(error), 200)
-        raise InputError(f"cannot fetch {repository}: {text}. Set HF_ENDPOINT to a mirror, or put into "
-                         f"{root} by hand: {by_hand}.") from error
-    for path in [path for pattern in patterns for path in Path(folder).rglob(pattern)]:
-        if path.suffix == ".zip":
-            temporary = Path(root, "unpacked")
-            shutil.unpack_archive(path, temporary)
-            top = next(temporary.rglob(marker)).parent  # whatever folders the zip has above it
-            # Moves the files, also into a folder that exists.
-            shutil.copytree(top, Path(root, images), copy_function=shutil.move, dirs_exist_ok=True)
-            shutil.rmtree(temporary)
-        else:
-            Path(root, "rrsisd").mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, Path(root, "rrsisd"))
+    with named("RRSIS-D was not fetched (set HF_ENDPOINT to a mirror, or put the files into "
+               f"{root} by hand, as the first lines of data.py show)"):
+        fetched = Path(snapshot_download("VoyageWang/rrsis-d", repo_type="dataset"))
+    lists = root / "rrsisd"
+    lists.mkdir(parents=True, exist_ok=True)
+    for name in ("refs(unc).p", "instances.json"):
+        shutil.copy(next(fetched.rglob(name)), lists)
+    images = root / "images" / "rrsisd" / "JPEGImages"
+    shutil.unpack_archive(next(fetched.rglob("JPEGImages.zip")), images)
+    for path in [*images.rglob("[!.]*.jpg")]:  # out of whatever folders the zip has
+        path.rename(images / path.name)
 
 def overlay(image, mask, colour=(255, 40, 40)):
     """RGB PIL image, mask (H, W) bool -> the image with the mask outlined and the rest darker."""
     mask = Image.fromarray(np.asarray(mask)).convert("L")
     picture = Image.composite(image, image.point(lambda value: int(0.65 * value)), mask)
-    for width, ink in ((7, (255, 255, 255)), (5, colour)):  # a ring of 3 pixels, and one of 2 over it
-        ring = ImageChops.subtract(mask.filter(ImageFilter.MaxFilter(width)), mask)
-        picture.paste(ink, mask=ring)
+    picture.paste(colour, mask=ImageChops.subtract(mask.filter(ImageFilter.MaxFilter(7)), mask))
     return picture
 
 def heatmap(image, values, side):
     """RGB PIL image, tensor (h, w) -> the image (side, side), bright where the values are high."""
     values = values.cpu().numpy()
-    values = (values - values.min()) / max(np.ptp(values), 1e-9)
-    light = Image.fromarray((255 * values).astype(np.uint8))
-    image = image.resize((side, side))
-    dark = image.point(lambda value: int(0.15 * value))
-    return Image.composite(image, dark, light.resize((side, side), Image.BICUBIC))
+    light = 38 + 217 * (values - values.min()) / max(np.ptp(values), 1e-9)  # of 255: from 15 %
+    light = Image.fromarray(light.astype(np.uint8)).resize((side, side), Image.BICUBIC)
+    return ImageChops.multiply(image.resize((side, side)), light.convert("RGB"))
 
 def contact_sheet(cells, columns, side):
     """[(caption, PIL image), ...] -> one PIL image, row by row, captions of up to two lines below."""
@@ -475,7 +402,6 @@ def contact_sheet(cells, columns, side):
     return sheet
 
 # --------------------------------------------------------------------------------------------------- toy
-
 SCENE = 256  # side of a scene in pixels; it is drawn at three times the size and averaged
 SIZES = {"small": 0.2, "large": 0.32}  # length as a share of the scene
 COLOURS = {"white": (236, 236, 232), "gray": (112, 114, 120), "red": (188, 48, 42),
@@ -666,14 +592,12 @@ def write_toy(root, train=2800, val=100, test=320, seed=0):
         for number, (item, phrase) in enumerate(phrases):
             mask = f"{index:05d}_{number}.png"
             Image.fromarray(item.mask).save(root / "masks" / mask)
-            row = dict(image=name, mask=mask, phrase=phrase, split=splits[index], category=item.category)
-            lines.append(json.dumps(row))
+            lines.append(json.dumps(dict(image=name, mask=mask, phrase=phrase, split=splits[index],
+                                         category=item.category)))
     (root / "phrases.jsonl").write_text("\n".join(lines))  # last: it marks a complete data set
-    print(f"wrote {root}: {len(splits)} scenes of 4 phrases: train {4 * train}, val {4 * val}, "
-          f"test {4 * test}")
+    print(f"wrote {root}: {4 * train} phrases for train, {4 * val} for val, {4 * test} for test")
 
 # --------------------------------------------------------------------------------------------- commands
-
 def rank_and_world_size():
     """Return the number of this process and of all processes; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -686,15 +610,13 @@ def exit_with_parent(worker):
 
 def run(main):
     """Run a command. Bad input ends it with one line and exit status 1 instead of a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
-            stream.reconfigure(errors="backslashreplace")  # a console that is not UTF-8 shows "\u6f22"
+    with suppress(AttributeError):  # a notebook's stdout has no `reconfigure`
+        sys.stdout.reconfigure(errors="backslashreplace")  # a console that is not UTF-8 shows "\u6f22"
     try:
         main()
     except torch.OutOfMemoryError as error:
-        text = str(error).partition(". ")[0]
-        sys.exit(f"error: {text}: lower --batch-size (in training with a new --out), or continue with "
-                 "--checkpoint-activations --resume.")
+        sys.exit(f"error: {str(error).partition('. ')[0]}. Lower --batch-size, or give "
+                 "--checkpoint-activations.")
     except (InputError, OSError) as error:
         message = str(error)
         if "DataLoader worker" in message:  # the worker's traceback: its last line is the message
@@ -708,20 +630,20 @@ def main(argv=None):
     command.add_argument("dir", type=Path)
     command.add_argument("--format", choices=list(FORMATS), help="default: detected from the folder")
     command = commands.add_parser("download", help="fetch from the Hugging Face hub, unpack, check")
-    command.add_argument("dataset", choices=list(HUB))
+    command.add_argument("dataset", choices=["rrsisd"])
     command.add_argument("dir", type=Path)
-    command.set_defaults(format=None)
     command = commands.add_parser("toy", help="draw a toy data set of so many scenes")
     command.add_argument("dir", type=Path)
     for name, default in (("train", 2800), ("val", 100), ("test", 320), ("seed", 0)):
         command.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     args = parser.parse_args(argv)
-    if args.command == "download":
-        download(args.dataset, args.dir)
-    if args.command == "toy":
-        write_toy(args.dir, args.train, args.val, args.test, args.seed)
-    else:
+    if args.command == "check":
         check(args.dir, args.format)
+    elif args.command == "download":
+        download(args.dir)
+        check(args.dir)
+    else:
+        write_toy(args.dir, args.train, args.val, args.test, args.seed)
 
 if __name__ == "__main__":
     run(main)

@@ -110,20 +110,29 @@ def best_median_worst(rows):
     return [*order[:2], *order[middle - 1:middle + 1], *order[-2:]]
 
 @torch.inference_mode()
+def explain(model, image, phrase, side=224):
+    """Returns [(caption, picture)]: image, word map of each token, their mean, sentence map, mask."""
+    ids, token_mask = model.tokenize([phrase])
+    output = model.predict(image, ids, token_mask)
+    word_map = output.word_map[0]                               # (L, g, g): one phrase, no padding
+    maps = [*word_map, word_map.mean(0), output.sentence_map[0].sigmoid()]
+    tokens = [model.tokenizer.id_to_token(i).strip("▁") for i in ids[0].tolist()]
+    names = [f"word map: {token}" for token in tokens] + ["mean word map", "sentence map"]
+    cells = [(phrase, image)]
+    for name, values in zip(names, maps):
+        cells.append((f"{name}, {values.min():.2g} to {values.max():.2g}", heatmap(image, values, side)))
+    mask = model.resize_logits(output.logits, image.height, image.width)[0].cpu() > 0
+    return [*cells, ("mask", overlay(image, mask))]
+
 def picture_sheet(model, dataset, rows, indices, side=224):
-    """Returns a contact sheet, a line a sample: image, mean word map, sentence map, target, mask."""
+    """Returns a contact sheet, a line a sample: image, mean word map, sentence map, mask, target."""
     cells = []
     for index in indices:
         row = rows[index]
         image = read_image(row["image"])
-        output = model.predict(image, *model.tokenize([row["phrase"]]))
-        word_map = output.word_map[0].mean(0)                          # (g, g): one phrase, no padding
-        sentence_map = output.sentence_map[0].sigmoid()
-        mask = model.resize_logits(output.logits, image.height, image.width)[0].cpu() > 0
+        picture, *_, word_map, sentence_map, mask = explain(model, image, row["phrase"], side)
         target = overlay(image, dataset[index]["originals"][0], (40, 255, 40))
-        cells += [(row["phrase"], image), ("mean word map", heatmap(image, word_map, side)),
-                  ("sentence map", heatmap(image, sentence_map, side)), ("target", target),
-                  (f"prediction, IoU {row['iou']:.2f}", overlay(image, mask))]
+        cells += [picture, word_map, sentence_map, mask, (f"target, IoU {row['iou']:.2f}", target)]
     return contact_sheet(cells, 5, side)
 
 def shuffle_phrases(dataset):
@@ -150,8 +159,7 @@ def main(argv=None):
     add("--amp", choices=list(AMP), help="autocast type (default: what the device computes fastest)")
     args = parser.parse_args(argv)
     args.amp = args.amp or default_amp(args.device)
-    dtype = AMP[args.amp] or torch.float32
-    model = RSRefSeg.from_checkpoint(args.checkpoint, args.siglip, args.sam_weights, dtype)
+    model = RSRefSeg.from_checkpoint(args.checkpoint, args.siglip, args.sam_weights, AMP[args.amp])
     model.to(args.device)
     data = args.data or model.metadata.get("data")
     if data is None:

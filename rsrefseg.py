@@ -1,7 +1,6 @@
 """RSRefSeg (Chen et al. 2025, arXiv:2501.06809): segment what a phrase names in an aerial image.
 
-SigLIP reads image and phrase, AttnPrompter turns their agreement into prompts, and SAM draws the mask.
-LoRA adapts the two frozen towers.
+SigLIP reads image and phrase, AttnPrompter turns their agreement into prompts, SAM draws the mask.
 
     python rsrefseg.py IMAGE "the gray ship on the left" ["another phrase" ...] --checkpoint FILE
 
@@ -22,8 +21,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
@@ -31,14 +29,12 @@ from tqdm import tqdm
 import lora
 import sam as sam_py                   # `sam` and `siglip` are arguments below
 import siglip as siglip_py
-# InputError is a user's mistake: `run` prints it in one line, without a traceback.
-from data import InputError, contact_sheet, heatmap, image_files, image_tensor, overlay, read_image, run
-from data import tile_starts, to_rgb
-from siglip import canonical, out_of_vocabulary
+from data import InputError, image_files, image_tensor, named, overlay, read_image, run, tile_starts
+from data import to_rgb
+from siglip import canonical
 
 SIGLIP_SIZE = {"b": "so400m", "l": "so400m", "h": "so400m", "tiny": "tiny"}      # by size of SAM
 
-# ------------------------------------------------------------------------------------------ AttnPrompter
 def conv_bn_gelu(c_in, c_out, kernel, stride=1, padding=0):
     conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(c_out), gelu=nn.GELU()))
@@ -53,13 +49,11 @@ class AttnPrompter(nn.Module):
         a, b          SigLIP's scale exp(logit_scale) and bias logit_bias     (1,)
         word_map      how well each position matches each token, in [0, 1]    (N, L, g, g)
         sentence_map  how well each position matches the sentence, logits     (N, g, g)
-
-    `branches`, "both", "local" or "global", names the features to use, an ablation of the paper.
     """
 
     def __init__(self, width, C, down_blocks=2, branches="both"):
         super().__init__()
-        self.branches = branches
+        self.branches = branches       # "both", "local" or "global": an ablation of the paper
         parts = 3 if branches == "both" else 2
         self.channel = conv_bn_gelu(parts * width, C, 1)
         blocks = [conv_bn_gelu(C, C, 3, stride=2, padding=1) for _ in range(down_blocks)]
@@ -70,8 +64,8 @@ class AttnPrompter(nn.Module):
         """Returns sparse prompts (N, M, C), word_map, sentence_map. image_pos (1, C, g, g) is SAM's
         positional encoding of the grid."""
         v_unit = F.normalize(v, dim=1)
-        t_unit = F.normalize(t, dim=2)
-        s_unit = F.normalize(s, dim=1)
+        t_unit = F.normalize(t.float(), dim=2)
+        s_unit = F.normalize(s.float(), dim=1)
         word_map = torch.sigmoid(a * torch.einsum("ndhw,nld->nlhw", v_unit, t_unit) + b)
         sentence_map = a * torch.einsum("ndhw,nd->nhw", v_unit, s_unit) + b
 
@@ -87,8 +81,6 @@ class AttnPrompter(nn.Module):
         x = self.channel(attended) + image_pos                   # (N, C, g, g)
         x = self.project(self.spatial(x))                        # eq. 4: (N, C, sqrt M, sqrt M)
         return x.flatten(2).transpose(1, 2), word_map, sentence_map
-
-# ---------------------------------------------------------------------------------------------- RSRefSeg
 
 # What LoRA adapts (sections II-B and II-D), as in the released code: the Linears of SAM's image encoder,
 # the convolutions of its neck, the attention Linears of SigLIP, and the head of its text tower.
@@ -155,8 +147,7 @@ class RSRefSeg(nn.Module):
             a = self.siglip.logit_scale.exp()
             b = self.siglip.logit_bias
             pos = self.sam.shared_image_embedding.grid(v.shape[-1])
-            sparse, word_map, sentence_map = self.prompter(
-                v, t.float(), s.float(), token_mask, a, b, pos)
+            sparse, word_map, sentence_map = self.prompter(v, t, s, token_mask, a, b, pos)
             # The sentence map, a rough segmentation once trained, becomes SAM's mask prompt.
             side = 4 * f_sam.shape[-1]
             mask_prompt = F.interpolate(sentence_map[:, None], size=(side, side), mode="bilinear")
@@ -170,8 +161,6 @@ class RSRefSeg(nn.Module):
 
     def tokenize(self, phrases):
         """N phrases, none empty -> ids (N, L), token_mask (N, L), on the model's device."""
-        if self.tokenizer is None:
-            raise ValueError("the model has no tokenizer: use from_pretrained, or set it.")
         if not all(canonical(phrase) for phrase in phrases):
             raise InputError(f"a phrase is empty: {phrases}. Name an object, as in 'the ship'.")
         ids, token_mask = siglip_py.tokenize(self.tokenizer, phrases)
@@ -185,9 +174,8 @@ class RSRefSeg(nn.Module):
     @torch.inference_mode()
     def segment(self, image, phrases, tile=None):
         """A PIL image or path, and one phrase or N -> masks (N, H, W) bool and scores (N,), on the CPU.
-        A score is the mean probability inside the mask, 0.5 to 1, or 0 for an empty one. Sets eval mode.
-        `tile`, for small objects in large scenes, makes the model see windows of tile x tile pixels
-        instead of the whole image; "left" then means left in a window."""
+        A score is the mean probability inside the mask, 0.5 to 1, or 0 for an empty one. With `tile` the
+        model sees windows of tile x tile pixels; "left" then means left in a window. Sets eval mode."""
         self.eval()
         image = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
         ids, token_mask = self.tokenize([phrases] if isinstance(phrases, str) else phrases)
@@ -204,8 +192,7 @@ class RSRefSeg(nn.Module):
         return torch.stack(masks), torch.stack(scores)
 
     def blend_windows(self, image, ids, token_mask, tile):
-        """Mask logits (N, H, W), the mean over windows by blend weights, which are lowest at the borders
-        of a window, so that no seam shows."""
+        """Mask logits (N, H, W): the mean over windows, weighted lowest at their borders: no seams."""
         h = min(tile, image.height)
         w = min(tile, image.width)
         rows = tile_starts(image.height, h)                    # neighbours overlap by at least half
@@ -227,29 +214,29 @@ class RSRefSeg(nn.Module):
 
     @classmethod
     def from_pretrained(cls, sam="b", siglip=None, sam_weights=None, **settings):
-        """Pretrained towers with new LoRA adapters and prompter: where training starts. A source is a
-        weight file, its folder, or a Hugging Face name; None is the published one. SigLIP's
-        tokenizer.json lies beside its weights."""
+        """Pretrained towers with new adapters and prompter. A source is a weight file, its folder or a
+        Hugging Face name; None is the published one. tokenizer.json lies beside SigLIP's weights."""
         if sam not in HUB and not sam_weights:
             raise InputError(f"size {sam} has no published weights: give --siglip and --sam-weights.")
         siglip = siglip or HUB["siglip"][0]
         sam_weights = sam_weights or HUB[sam][0]
         with torch.device("meta"):                             # no memory: the files bring it
             towers = siglip_py.SigLIP(SIGLIP_SIZE[sam]), sam_py.SAM(sam)
-        tokenizer = read_tokenizer(siglip)
-        as_input_error(siglip_py.load_weights, towers[0], fetch(siglip, "model.safetensors"))
-        as_input_error(sam_py.load_weights, towers[1], fetch(sam_weights, "model.safetensors"))
+        siglip_file = fetch(siglip, "model.safetensors")
+        sam_file = fetch(sam_weights, "model.safetensors")
+        with named("pretrained weights"):
+            siglip_py.load_weights(towers[0], siglip_file)
+            sam_py.load_weights(towers[1], sam_file)
         model = cls(sam, towers=towers, **settings)
-        model.tokenizer = tokenizer
+        model.tokenizer = read_tokenizer(siglip)
         if model.settings["lora_rank"]:
             model.tower_sources = dict(siglip=siglip, sam_weights=sam_weights)
         return model
 
     @classmethod
     def from_checkpoint(cls, path, siglip=None, sam_weights=None, dtype=torch.float32):
-        """A trained model in eval mode, from a checkpoint of train.py or of the released code, a file or
-        a Hugging Face name. The frozen towers, unless in the file, come from where training had them, or
-        from given sources."""
+        """A trained model in eval mode. The checkpoint, a file or a Hugging Face name, is of train.py or
+        the released code. Frozen towers that it lacks come from where training had them, or as given."""
         metadata, tensors = read_checkpoint(path)
         sources = metadata.get("tower_sources")
         if sources:                                            # ours with LoRA: only what was trained
@@ -259,20 +246,16 @@ class RSRefSeg(nn.Module):
         else:                                                  # ours or the released code's, whole
             with torch.device("meta"):
                 model = cls(**metadata["settings"])
-            if "tokenizer" in metadata:
-                model.tokenizer = Tokenizer.from_str(metadata["tokenizer"])
-            else:
-                model.tokenizer = read_tokenizer(siglip or HUB["siglip"][0])
+            model.tokenizer = (Tokenizer.from_str(metadata["tokenizer"]) if "tokenizer" in metadata
+                               else read_tokenizer(siglip or HUB["siglip"][0]))
         load_tensors(model, tensors, path, assign=True)
         cast_frozen_linears(model.float(), dtype)              # .float(): some files are in fp16
         model.metadata = metadata
         return model.eval()
 
     def save(self, path, **metadata):
-        """Write a checkpoint for `from_checkpoint`, as safetensors: what training changes; everything if
-        tower_sources is empty."""
-        if self.settings["lora_rank"] and not lora.adapted_layers(self):
-            raise ValueError("save before lora.merge: a checkpoint keeps the adapters.")
+        """Write a checkpoint: what training changes; everything if tower_sources is empty. lora.merge
+        drops the adapters, so save before it."""
         sources = {}
         for tower, source in self.tower_sources.items():       # absolute: found from any folder
             sources[tower] = str(Path(source).absolute()) if Path(source).exists() else source
@@ -283,7 +266,7 @@ class RSRefSeg(nn.Module):
             metadata["tokenizer"] = self.tokenizer.to_str()
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
         metadata = {key: json.dumps(value) for key, value in metadata.items()}
-        atomic_write(path, to_bytes(tensors, metadata))
+        atomic_write(path, lambda file: save_file(tensors, file, metadata))
 
 def freeze_unused(model):
     """Freeze what cannot receive a gradient: DistributedDataParallel would wait for it. The
@@ -306,7 +289,6 @@ def cast_frozen_linears(model, dtype):
                 module.to(dtype)
 
 # ------------------------------------------------------------------------------- weights and checkpoints
-
 # The published weights at the revisions this code was written for.
 HUB = {"siglip": ("google/siglip-so400m-patch14-384", "9fdffc58afc957d1a03a25b10dba0329ab15c2a3"),
        "b": ("facebook/sam-vit-base", "70c1a07f894ebb5b307fd9eaaee97b9dfc16068f"),
@@ -316,7 +298,6 @@ HUB = {"siglip": ("google/siglip-so400m-patch14-384", "9fdffc58afc957d1a03a25b10
 def fetch(source, filename):
     """Returns the absolute path of `filename`. `source` is a file, its folder, or a Hugging Face name,
     which is downloaded once. Raises InputError if there is none."""
-    source = str(source)
     path = Path(source).absolute()
     if path.is_file() and filename == "tokenizer.json":
         path = path.parent
@@ -324,44 +305,27 @@ def fetch(source, filename):
         path = path / filename
     if path.is_file():
         return str(path)
-    revision = dict(HUB.values()).get(source)                  # HUB's values are (name, revision)
-    if revision is None and (path.parent.is_dir() or source.count("/") != 1):      # no user/name
-        raise InputError(f"there is no file {path}. If weights moved, give --siglip or --sam-weights. "
-                         "Of a folder that DeepSpeed wrote, name the file mp_rank_00_model_states.pt.")
-    try:
-        # Without a network this fails at once; the download would try again for 25 s.
-        get_hf_file_metadata(hf_hub_url(source, filename, revision=revision))
-        return hf_hub_download(source, filename, revision=revision)
-    except Exception as error:                    # its type depends on the version of huggingface_hub
-        cached = try_to_load_from_cache(source, filename, revision=revision)
+    name = str(source)
+    revision = dict(HUB.values()).get(name)                    # HUB's values are (name, revision)
+    with named(f"{name} is no file here, and no repository whose {filename} was downloaded (HF_ENDPOINT "
+               "may name a mirror; in a folder of DeepSpeed name mp_rank_00_model_states.pt)"):
+        cached = try_to_load_from_cache(name, filename, revision=revision)
         if isinstance(cached, str):
             return cached
-        raise InputError(f"{source} is no file here, and its {filename} cannot be downloaded ({error}). "
-                         "Give local files, or a mirror in HF_ENDPOINT.") from error
+        # Without a network this fails at once; the download would try again for 25 s.
+        get_hf_file_metadata(hf_hub_url(name, filename, revision=revision))
+        return hf_hub_download(name, filename, revision=revision)
 
 def read_tokenizer(source):
     path = fetch(source, "tokenizer.json")
-    try:
+    with named(path):
         return Tokenizer.from_file(path)
-    except Exception as error:                    # the library has no class of its own
-        raise InputError(f"{path} is no tokenizer ({error}): replace it.") from error
-
-def as_input_error(function, *args):
-    """Call a function of siglip.py or sam.py, which raise ValueError for a file: they work alone."""
-    try:
-        return function(*args)
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 def read_checkpoint(path):
     """Returns the metadata, with the model's settings, and {name: tensor}, of either kind of file."""
     path = fetch(path, "best.safetensors")
-    state = as_input_error(sam_py.read_state, path)
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError:                                            # of torch.save
-        metadata = {}
+    with named("checkpoint"):
+        state, metadata = sam_py.read_state(path)
     if "settings" in metadata:
         return {key: json.loads(text) for key, text in metadata.items()}, state
     return convert_official(state, path)
@@ -369,25 +333,23 @@ def read_checkpoint(path):
 def load_tensors(model, tensors, path, assign=False):
     """Load {name: tensor}, read from `path`. Only a frozen parameter that is loaded already, not on the
     meta device, may be missing. With `assign` the tensors become the model's own."""
-    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    optional = [name for name, p in model.named_parameters() if not p.requires_grad and not p.is_meta]
-    wrong = [key for key in shapes if key not in tensors and key not in optional]
-    wrong += [key for key, tensor in tensors.items() if shapes.get(key) != tensor.shape]
-    if wrong:
-        raise InputError(f"{path} does not fit this model. {len(wrong)} tensors are missing, unknown or "
-                         f"of another shape: {', '.join(wrong[:10])}.")
-    model.load_state_dict(tensors, strict=False, assign=assign)
+    optional = {name for name, p in model.named_parameters() if not p.requires_grad and not p.is_meta}
+    with named(path):
+        missing, unknown = model.load_state_dict(tensors, strict=False, assign=assign)
+        wrong = [*unknown, *sorted(set(missing) - optional)]
+        if wrong:
+            raise InputError(f"{len(wrong)} tensors are missing or unknown: {', '.join(wrong[:10])}")
 
-def atomic_write(path, content):
-    """Replace `path` by the bytes `content`. A crash leaves the old file or the new one, complete."""
+def atomic_write(path, write):
+    """Replace `path` by what write(file name) writes. A crash leaves the old file or the new one."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_bytes(content)
+    write(temporary)
     temporary.replace(path)
 
 # ------------------------------------------------------------------------------------------ command line
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)      # a GeoTIFF's coordinates, which masks keep
 
 def default_amp(device):
     """bf16 where a card computes in it, from Ampere on; fp16 on older cards; off elsewhere."""
@@ -398,46 +360,23 @@ def default_amp(device):
 def autocast(device, amp):                                             # amp: a key of AMP
     return torch.autocast(torch.device(device).type, AMP[amp], enabled=amp != "off")
 
-@torch.inference_mode()
-def explain(model, image, phrase, side=256):
-    """Returns a contact sheet: image, map of each token, their mean, sentence map, mask."""
-    ids, token_mask = model.tokenize([phrase])
-    output = model.predict(image, ids, token_mask)
-    word_map = output.word_map[0]                               # (L, g, g): one phrase, no padding
-    maps = [*word_map, word_map.mean(0), output.sentence_map[0].sigmoid()]
-    tokens = [model.tokenizer.id_to_token(i) for i in ids[0].tolist()]
-    names = [f"word map: {token.strip('▁')}" for token in tokens] + ["mean word map", "sentence map"]
-    cells = [(phrase, image)]
-    for name, values in zip(names, maps):
-        cells.append((f"{name}, {values.min():.2g} to {values.max():.2g}", heatmap(image, values, side)))
-    mask = model.resize_logits(output.logits, image.height, image.width)[0].cpu() > 0
-    return contact_sheet([*cells, ("mask", overlay(image, mask))], 4, side)
-
-GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)      # a GeoTIFF's coordinates, which masks keep
-
 def segment_file(model, path, args):
     """Write mask and overlay of each phrase, and print what was found."""
     image = read_image(path)
     with Image.open(path) as file:
-        tags = getattr(file, "tag_v2", {})
-        tags = {tag: tags[tag] for tag in GEO_TAGS if tag in tags}
+        tags = {tag: value for tag, value in getattr(file, "tag_v2", {}).items() if tag in GEO_TAGS}
     masks, scores = model.segment(image, args.phrases, args.tile)
     for i, (phrase, mask, score) in enumerate(zip(args.phrases, masks.numpy(), scores.tolist()), 1):
-        pictures = {"mask": Image.fromarray(mask).convert("L")}
+        stem = args.out / f"{path.name}_{i}_{re.sub('[^a-z0-9]+', '_', canonical(phrase))[:60]}"
+        files = dict(mask=f"{stem}_mask.{'tif' if tags else 'png'}")
+        picture = Image.fromarray(mask).convert("L")
+        picture.save(files["mask"], tiffinfo=tags, compression="tiff_deflate")        # for TIFF alone
         if not args.no_overlay:
-            pictures["overlay"] = overlay(image, mask)
-        if args.explain:
-            pictures["explained"] = explain(model, image, phrase)
-        words = re.sub("[^a-z0-9]+", "_", canonical(phrase))[:60]
-        files = {}
-        for kind, picture in pictures.items():
-            suffix = "tif" if tags and kind == "mask" else "png"
-            files[kind] = str(args.out / f"{path.name}_{i}_{words}_{kind}.{suffix}")
-            picture.save(files[kind], tiffinfo=tags, compression="tiff_deflate")      # for TIFF alone
+            files["overlay"] = f"{stem}_overlay.png"
+            overlay(image, mask).save(files["overlay"])
         if args.json:
-            box = pictures["mask"].getbbox()
-            record = dict(image=str(path), phrase=phrase, area=int(mask.sum()), box=box, score=score)
-            print(json.dumps(record | files), flush=True)
+            record = dict(image=str(path), phrase=phrase, area=int(mask.sum()), box=picture.getbbox())
+            print(json.dumps(record | dict(score=score) | files), flush=True)
         else:
             found = f"{mask.mean():.1%} of the image, score {score:.2f}"
             print(f"{phrase!r}: {found} -> {', '.join(files.values())}", flush=True)
@@ -452,7 +391,6 @@ def main(argv=None):
     add("--tile", type=int, help="use overlapping windows of this many pixels a side")
     add("--json", action="store_true", help="print one JSON record per phrase")
     add("--no-overlay", action="store_true", help="write masks only")
-    add("--explain", action="store_true", help="also draw the maps behind each mask, of the whole image")
     add("--siglip", help="SigLIP weights, if they moved: file, folder or Hugging Face name")
     add("--sam-weights", help="SAM weights, if they moved")
     add("--device", default=DEVICE, help=f"default: {DEVICE}")
@@ -466,12 +404,8 @@ def main(argv=None):
     paths = image_files(args.image) if args.image.is_dir() else [args.image]
     if not paths:
         parser.error(f"{args.image} holds no images")
-    dtype = AMP[args.amp] or torch.float32
-    model = RSRefSeg.from_checkpoint(args.checkpoint, args.siglip, args.sam_weights, dtype)
+    model = RSRefSeg.from_checkpoint(args.checkpoint, args.siglip, args.sam_weights, AMP[args.amp])
     lora.merge(model.to(args.device))
-    unknown = out_of_vocabulary(model.tokenizer, args.phrases)
-    if unknown:
-        print(f"the model does not know these words: {', '.join(unknown)}", file=sys.stderr)
     args.out.mkdir(parents=True, exist_ok=True)
     status = 0
     for path in paths:
@@ -484,7 +418,6 @@ def main(argv=None):
     sys.exit(status)
 
 # -------------------------------------------------------------------- the released code's checkpoints
-
 # Regular expression for the released code's names -> our name, in this order. Both of its sizes have two
 # down blocks, so that their third spatial block is our `project`.
 OFFICIAL_NAMES = (
@@ -493,28 +426,25 @@ OFFICIAL_NAMES = (
     ("^clip_text_encoder.model", "siglip.text_model"), ("^clip_text_encoder", "siglip"),
     ("^backbone.model", "sam.vision_encoder"), ("^backbone", "sam"),
     ("^sam_prompt_encoder.model", "sam.prompt_encoder"), ("^sam_mask_decoder.model", "sam.mask_decoder"),
-    ("^prompter_down_spatial.2.conv", "prompter.project"), ("^prompter_down_", "prompter."))
-# SigLIP's pooling head, and a second name of SAM's positional encoding.
-OFFICIAL_UNUSED = ("siglip.vision_model.head.", "sam.prompt_encoder.shared_embedding.")
+    ("^prompter_down_spatial.2.conv", "prompter.project"), ("^prompter_down_", "prompter."),
+    # SigLIP's pooling head, and a second name of SAM's positional encoding.
+    (r".*(vision_model\.head|prompt_encoder\.shared_embedding)\..*", "unused"))
 
 def convert_official(state, path):
     """State dict of the released code -> metadata with the model's settings, and {our name: tensor}.
-    Size and rank follow from the keys; alpha is 16 there."""
-    for key in ("state_dict", "module"):                       # frameworks wrap it
-        if isinstance(state.get(key), dict):
-            state = state[key]
+    Size and rank follow from an adapter's shape; alpha is 16 there."""
+    state = state.get("state_dict", state.get("module", state))            # frameworks wrap it
     tensors = {}
     for key, tensor in state.items():
         for pattern, ours in OFFICIAL_NAMES:
             key = re.sub(pattern, ours, key)
-        if not key.startswith(OFFICIAL_UNUSED):
-            tensors[key] = tensor
-    layers = {key.split(".")[3] for key in tensors if key.startswith("sam.vision_encoder.layers.")}
-    sizes = [size for size in SIGLIP_SIZE if sam_py.CONFIGS[size].layers == len(layers)]
-    adapter = tensors.get("sam.vision_encoder.layers.0.attn.qkv.A.weight")
-    if not sizes or adapter is None:
+        tensors[key] = tensor
+    tensors.pop("unused", None)
+    sizes = {config.width: size for size, config in sam_py.CONFIGS.items()}
+    adapter = tensors.get("sam.vision_encoder.layers.0.attn.qkv.A.weight")     # (r, width)
+    if adapter is None or adapter.shape[1] not in sizes:
         raise InputError(f"{path} is neither a checkpoint of train.py nor one of the released code.")
-    return dict(settings=dict(sam=sizes[0], lora_rank=len(adapter))), tensors
+    return dict(settings=dict(sam=sizes[adapter.shape[1]], lora_rank=len(adapter))), tensors
 
 if __name__ == "__main__":
     run(main)      # a bad input ends in one line

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -419,12 +418,15 @@ class SAM(nn.Module):
         return self.decode(self.encode_image(images), sparse, dense, multimask)
 
 def read_state(path):
-    """Returns the tensors and plain data in a safetensors or torch.save file, or raises ValueError."""
+    """Returns the tensors (and plain data) in a file of safetensors or torch.save, by name, and the
+    metadata of the former. Raises ValueError."""
     try:
         with open(path, "rb") as file:
             is_safetensors = file.read(9)[8:] == b"{"          # a length, then a header in JSON
-        state = load_file(path) if is_safetensors else torch.load(path, "cpu", weights_only=True)
-        return dict(state.items())
+        if is_safetensors:
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        return dict(torch.load(path, "cpu", weights_only=True).items()), {}
     # Each format has its errors; AttributeError: what was saved is no dict.
     except (SafetensorError, RuntimeError, EOFError, AttributeError, LookupError,
             pickle.UnpicklingError) as error:
@@ -454,7 +456,7 @@ META_NAMES = (   # regular expression for names in Meta's sam_vit_*.pth -> our n
 def load_weights(model, path):
     """Load a file of Hugging Face or Meta into a SAM, which may be on the meta device. Raises ValueError
     for a file that is damaged or does not fit."""
-    state = read_state(path)
+    state, _ = read_state(path)
     if "image_encoder.pos_embed" in state:                                 # Meta's names
         for pattern, ours in META_NAMES:
             state = {re.sub(pattern, ours, key): tensor for key, tensor in state.items()}

@@ -206,11 +206,6 @@ def tokenize(tokenizer, phrases):
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=EOS)
     return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
-def out_of_vocabulary(tokenizer, phrases):
-    """Returns the words that map to <unk>: none with SigLIP's tokenizer, which falls back to bytes."""
-    words = canonical(" ".join(phrases)).split()
-    return [word for word in words if "<unk>" in tokenizer.encode(word).tokens]
-
 def load_weights(model, path):
     """Load a safetensors file into a SigLIP, which may be on the meta device. Raises ValueError for a
     file that is damaged or does not fit."""

@@ -372,8 +372,6 @@ def test_checkpoint_round_trip(small, tmp_path):
     assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(half(images, ids, mask).logits, again(images, ids, mask).logits)
-    lora.merge(whole)
-    rejects("save before lora.merge", whole.save, path, error=ValueError)
 
 def peft_name(name):
     name = re.sub(r"(^|\.)base\.", r"\1base_layer.", name)
@@ -409,11 +407,15 @@ def test_checkpoints_of_the_released_code(small, tmp_path):
         model = RSRefSeg.from_checkpoint(path, tmp_path / "siglip")
         assert relative(model(images, ids, mask).logits, expected) <= (1e-2 if content is half else 0)
     stray = torch.zeros(1)
-    for wrong, message in ((state | dict(stray=stray), "1 tensors .*stray"), ([state], "no dict of"),
+    less = {key: tensor for key, tensor in state.items() if "lora_B" not in key}
+    misfit = {key: tensor[:1] if "lora_B" in key else tensor for key, tensor in state.items()}
+    for wrong, message in ((state | dict(stray=stray), ": 1 tensors are .*stray"),
+                           ([state], "no dict of"), (less, f": {len(state) - len(less)} tensors are missing"),
+                           (misfit, "size mismatch"),
                            (dict(stray=stray), "neither .* nor one of the released"),
                            (dict(a=argparse.Namespace()), "argparse.Namespace.*weights_only=False")):
         torch.save(wrong, path)
-        rejects(f"x.pth .*{message}", RSRefSeg.from_checkpoint, path, tmp_path / "siglip")
+        rejects(f"x.pth.*{message}", RSRefSeg.from_checkpoint, path, tmp_path / "siglip")
     rejects("siglip.*DeepSpeed", RSRefSeg.from_checkpoint, tmp_path / "siglip")           # a folder
 
 @pytest.mark.parametrize("size", ["b", "l"])
@@ -466,15 +468,13 @@ except rsrefseg.InputError as error:
     server.shutdown()
     server.server_close()
     assert found in run("-c", program, "user/name")
-    refused = "refused: user/other .*best.safetensors cannot be downloaded.*HF_ENDPOINT.* True"
+    refused = "refused: user/other is no file .*best.safetensors.*HF_ENDPOINT.*Connect.* True"
     assert re.search(refused, run("-c", program, "user/other"))
 
 TOP = dict(size=[40, 60], counts=[0, 3, 2397])                    # the first three pixels of column 0
 DOT = dict(size=[40, 60], counts=[2399, 1])                       # the last pixel
-BOX = [10.0, 20, 30, 20, 30, 25, 10, 25]                          # columns 10 to 29, rows 20 to 24
 RAMP = np.linspace(500, 4500, 600).astype(np.int32).reshape(20, 30)
 NIGHT = 9000 * np.int32(np.eye(200, 200)[:, :1])                  # one lamp: black and white
-FEW = np.arange(16, dtype=np.int32).reshape(4, 4) * 4000          # values that 6 % share are no border
 FOLDERS = dict(rrsisd=("images/rrsisd/JPEGImages", "rrsisd"), refsegrs=("images", "masks"),
                risbench=("img_rgb", "mask"), risbench_lines=("img_rgb", "mask"))
 GOOD = dict(image="a.png", mask="a.png", phrase="the ship", split="train")
@@ -486,29 +486,29 @@ def encode_rle(mask):
 
 def test_run_lengths_equal_pycocotools():
     for counts in ("132", [1, 3, 2]):              # columns 01 | 11 | 00: one 0, three 1s, two 0s
-        assert data.decode_rle(counts, 2, 3).tolist() == [[False, True, False], [True, True, False]]
+        found = data.decode_segmentation(dict(size=[2, 3], counts=counts))
+        assert found.tolist() == [[False, True, False], [True, True, False]]
     for counts in ("", "13", "1320", "13\x7f", "13o", "o", [], [1, 3], [1, 3, 3], [1, 6, -1]):
-        rejects("run lengths", data.decode_rle, counts, 2, 3)
+        rejects("run lengths", data.decode_segmentation, dict(size=[2, 3], counts=counts))
     rng = np.random.default_rng(1)
     for _ in range(200):
         height, width = rng.integers(1, 90, 2)
         mask = data.resize_mask(rng.random(rng.integers(1, 12, 2)) > 0.5, height, width)
         mask ^= rng.random((height, width)) > rng.choice([0.9, 0.99, 1.0])
-        assert (data.decode_rle(encode_rle(mask), height, width) == mask).all()
+        segmentation = dict(size=[height, width], counts=encode_rle(mask))
+        assert (data.decode_segmentation(segmentation) == mask).all()
 
 @pytest.mark.parametrize("segmentation, pixels", [
-    (TOP, 3), ([TOP, DOT], 4), ([TOP, TOP], 3), ([[TOP], [DOT]], 4), ([BOX], 100), (BOX, 100),
-    ([BOX, TOP], 103), (None, 0), ([], 0), ("132", 0), (dict(size=[40, 60]), 0), ([BOX + [1]], 0),
+    (TOP, 3), ([TOP, DOT], 4), ([TOP, TOP], 3), ([[TOP], [DOT]], 4), (None, 0), ([], 0), ("132", 0),
+    (dict(size=[40, 60]), 0), ([[10.0, 20, 30, 20, 30, 25]], "polygon"), ([1, 2, 3], "polygon"),
     (dict(TOP, counts=[0.5, 2399.5]), 0), ([dict(TOP, size=[20, 120]), DOT], 0)], ids=str)
-def test_segmentations_of_coco(tmp_path, segmentation, pixels):
-    Image.new("RGB", (60, 40)).save(tmp_path / "x.png")
-    ref = data.Ref(7, "train", tmp_path / "x.png", "a ship", "-", segmentation)
-    if pixels == 0:
-        rejects(r"^mask of ref_id 7 \(x.png\)", data.read_mask, ref)
+def test_segmentations_of_coco(segmentation, pixels):
+    ref = data.Ref(7, "train", Path("x.png"), "a ship", "-", segmentation)
+    if pixels in (0, "polygon"):
+        rejects(rf"^mask of ref_id 7 \(x.png\).*{pixels or ''}", data.read_mask, ref)
     else:
         mask = data.read_mask(ref)
         assert (mask.shape, mask.dtype, mask.sum()) == ((40, 60), bool, pixels)
-        assert pixels != 100 or mask[20:25, 10:30].all()
 
 def test_images_and_masks_of_every_mode(tmp_path):
     """A mask is what is above 0 in any channel but transparency. Files that are no images are named."""
@@ -535,17 +535,17 @@ def test_images_and_masks_of_every_mode(tmp_path):
         (tmp_path / name).write_bytes(content)
         rejects(message, data.read_image, tmp_path / name)
     assert [path.name for path in data.image_files(tmp_path)] == ["e.JPG", "x.png", "x.tif"]
-    rejects("no such", data.read_image, tmp_path / "absent.png")
+    rejects("No such file", data.read_image, tmp_path / "absent.png")
 
-@pytest.mark.parametrize("values, border, tag, colour", [
-    (RAMP, -9999, "-9999 ", 0), (RAMP, 65535, "65535", 0), (RAMP, -9999, "", 0), (RAMP, 65535, "", 255),
-    (NIGHT, None, "", 0), (RAMP, 65535, "None", 255), (RAMP, None, "1,5", 0), (FEW, None, "", 0)])
-def test_grey_of_16_bits_is_stretched(tmp_path, values, border, tag, colour):
-    """By its own percentiles, whether or not a tag names the "no data" of a border."""
+@pytest.mark.parametrize("values, border, colour", [
+    (RAMP, -9999, 0), (RAMP, 65535, 255), (RAMP, math.nan, 0), (RAMP, None, 0), (NIGHT, None, 0)])
+@pytest.mark.parametrize("tag", ["", "None", "-9999 ", "1,5"])
+def test_grey_of_16_bits_is_stretched(tmp_path, values, border, colour, tag):
+    """By its own percentiles, whatever a tag says, without a border of "no data"."""
     low, high = (0, 9000) if values is NIGHT else np.percentile(values, (2, 98))
     stretched = np.clip((values - low) * 255 / (high - low), 0, 255)
     margin = 0 if border is None else 3
-    values = np.pad(values, ((0, 0), (margin, 0)), constant_values=border or 0)
+    values = np.pad(values.astype(np.float32), ((0, 0), (margin, 0)), constant_values=border or 0)
     Image.fromarray(values).save(tmp_path / "x.tif", tiffinfo={42113: tag})
     found = np.asarray(data.read_image(tmp_path / "x.tif"))[..., 0]
     assert abs(found[:, margin:] - stretched).max() <= 1
@@ -613,7 +613,7 @@ def test_toy_scenes_and_items(toy, tmp_path, capsys):
     assert all(torch.equal(one[i]["masks"][0], items["masks"][i]) for i in range(8))
     assert [[one.refs.index(ref) for ref in refs] for refs in three.items[:2]] == [[0, 1, 2], [3, 0, 1]]
     call(data.main, "toy", tmp_path, "--train", 2, "--val", 1, "--test", 0)
-    assert f"wrote {tmp_path}: 3 scenes of 4 phrases: train 8, val 4, test 0" in capsys.readouterr().out
+    assert f"wrote {tmp_path}: 8 phrases for train, 4 for val, 0 for test" in capsys.readouterr().out
     rejects("already holds", data.write_toy, tmp_path)
 
 def write_format(root, dataset, refs):
@@ -662,21 +662,20 @@ def test_other_data_sets(toy, tmp_path, dataset, capsys):
         assert torch.equal(item["image"], data.image_tensor(data.read_image(ref.image), 96))
     call(data.main, "check", tmp_path)
     printed = capsys.readouterr().out
-    assert re.fullmatch(r"\w+: {('\w+': 3,? ?){3}} phrases.*\ntrain has 3 rows.*\nwrote .*\n", printed)
+    assert re.fullmatch(r"\w+: {('\w+': 3,? ?){3}} phrases.*\nwrote .*\n", printed)
 
 def test_lists_of_rrsisd(toy, tmp_path):
     """Every sentence is a row. A list that is damaged, or that would run code, is named."""
     rows, instances = write_format(tmp_path, "rrsisd", data.read_refs(toy)[1][:2])
-    rows[0]["sentences"] += [dict(sent="?"), dict(sent=" a second ")]
+    rows[0]["sentences"] += [dict(sent=" a second "), dict(sent="?")]
     del rows[1]["category_id"]
     write_lists(tmp_path, rows, instances)
-    problems = []
-    refs = data.read_refs(tmp_path, None, problems)[1]
+    _, refs, problems = data.read_refs(tmp_path)
     assert [(ref.ref_id, ref.category) for ref in refs] == [(0, "ship"), (0, "ship"), (1, "-")]
     assert (refs[1].phrase, problems) == ("a second", ["refs(unc).p row 1: the phrase '?' is empty"])
     del instances["annotations"][1]["segmentation"]
     write_lists(tmp_path, rows, instances)
-    rejects("row 2: ann_id 101 has no segmentation", data.read_refs, tmp_path)
+    assert "row 2: ann_id 101 has no segmentation" in data.read_refs(tmp_path)[2][1]
     for file, content, message in (
             ("instances.json", b"{", "fetch it again"), ("instances.json", b"{}", "fetch it again"),
             ("refs(unc).p", b"\x80", "fetch it again"),
@@ -728,9 +727,9 @@ def test_check_lists_every_defect(toy, tmp_path, capsys):
     Image.open(images / "00003.jpg").resize((256, 257)).save(images / "00003.jpg")
     rejects("fail: 9 bad rows, no val rows, no test rows", call, data.main, "check", tmp_path)
     printed = capsys.readouterr().out
-    found = re.findall(r"error: train, ref_id (\d+), .*(run lengths do|cannot read|no such)", printed)
-    assert found == [("1", "run lengths do"), *[(str(i), "cannot read") for i in range(4, 8)],
-                     *[(str(i), "no such") for i in range(8, 12)]]
+    found = re.findall(r"error: train, ref_id (\d+), .*(run lengths do|truncated|No such)", printed)
+    assert found == [("1", "run lengths do"), *[(str(i), "truncated") for i in range(4, 8)],
+                     *[(str(i), "No such") for i in range(8, 12)]]
     found = re.findall(r"warning: the mask (.*), (\d+) rows: train, ref_id (\d+),", printed)
     assert found == [("is empty", "1", "2"), ("covers everything", "1", "3"),
                      ("has another size than the image", "4", "12")]
@@ -739,7 +738,7 @@ def test_check_lists_every_defect(toy, tmp_path, capsys):
     data.check(tmp_path / "own")
     printed = capsys.readouterr().out
     for text in ("the mask has more than two values, 2 rows: val, ref_id phrases:13, a.png; test",
-                 "the mask covers everything, 2 rows: val", "train.py lowers --total-batch to that",
+                 "the mask covers everything, 2 rows: val",
                  "another split has this image and phrase, 14 rows: train"):
         assert text in printed
 
@@ -752,7 +751,7 @@ def test_download(toy, tmp_path, monkeypatch, capsys):
     call(data.main, "download", "rrsisd", tmp_path / "data")
     assert "Published: train 12,181" in capsys.readouterr().out
     client.side_effect = RuntimeError("no network\nat all")
-    rejects(f"no network at all.*HF_ENDPOINT.*{tmp_path}.*RefSegRS", data.download, "refsegrs", tmp_path)
+    rejects(f"HF_ENDPOINT.*{tmp_path}.*data.py.*no network at all", data.download, tmp_path)
 
 def test_bad_input_ends_in_one_line(tmp_path, monkeypatch):
     """Also in a process that reads images; a mistake in the code keeps its traceback."""
@@ -1140,7 +1139,7 @@ def test_what_ends_a_run_in_one_line(toy, small, tmp_path, monkeypatch, capsys):
     rejects("--total-batch 2 must be a multiple of --batch-size 8 x 1", call, train.main, *arguments, 2)
     memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has")
     monkeypatch.setattr(train, "training_step", create_autospec(train.training_step, side_effect=memory))
-    with pytest.raises(SystemExit, match="out of memory: lower --batch-size.*--checkpoint-act"):
+    with pytest.raises(SystemExit, match="out of memory. Lower --batch-size.*--checkpoint-act"):
         data.run(functools.partial(call, train.main, *arguments, 32))
     assert "--total-batch is lowered to 8" in capsys.readouterr().out
 
@@ -1213,14 +1212,13 @@ def test_segment_command(trained, toy, tmp_path, capsys):
         (scenes / name).write_text("no image")
     phrases = ["the ship", "A gray storage tank, on the left!", "the crane"]
     arguments = ["--checkpoint", trained / "best.safetensors", *CPU, "--out"]
-    assert segment(scenes, *phrases, *arguments, tmp_path / "out", "--json", "--explain") == 1
+    assert segment(scenes, *phrases, *arguments, tmp_path / "out", "--json") == 1
     printed = capsys.readouterr()
-    assert "does not know these words: crane" in printed.err
     assert re.findall("error: .*?(bad.jpg|$)", printed.err, re.M) == ["bad.jpg"]
     records = [json.loads(line) for line in printed.out.splitlines()]
     expected = [(str(scenes / name), phrase) for name in names for phrase in phrases]
     assert [(record["image"], record["phrase"]) for record in records] == expected
-    files = [record[kind] for record in records for kind in ("mask", "overlay", "explained")]
+    files = [record[kind] for record in records for kind in ("mask", "overlay")]
     assert sorted(files) == sorted(str(path) for path in (tmp_path / "out").iterdir())
     assert "/a.png_2_a_gray_storage_tank_on_the_left_mask.png" in records[4]["mask"]
     for record in records:

@@ -1,23 +1,19 @@
 """Train RSRefSeg. The defaults are the paper's recipe; `train`, at the end, runs it step by step.
 
     python train.py --sam tiny                     draws its data, needs no download, runs in minutes
-    python train.py --sam b                        downloads the pretrained towers once
-    python train.py --sam b --resume               continues a run, whatever ended it
+    python train.py --sam b [--resume]             downloads the pretrained towers once
     torchrun --nproc-per-node 8 train.py --sam b
 
 Writes into --out: best.safetensors (by gIoU on val) and last.safetensors, which hold what is trained,
-resume.pt (the state of the run), log.jsonl, and a picture of five samples per validation. Random numbers
-need no state: the order of the samples follows from (seed, epoch), dropout from (seed, step, rank). So a
-resumed run ends with the same weights, bit for bit on a CPU in fp32 with as many processes.
+resume.pt, log.jsonl, and a picture of five samples per validation. The order of samples follows from
+(seed, epoch), dropout from (seed, step, rank): a resumed run ends with the same weights, bit for bit on
+a CPU in fp32 with as many processes.
 """
 import argparse
-import io
 import math
 import os
 import sys
 import time
-from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -28,31 +24,28 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import FORMATS, InputError, RefSegDataset, collate, exit_with_parent, rank_and_world_size
-from data import run, toy_tokenizer, write_toy
+from data import FORMATS, InputError, RefSegDataset, collate, exit_with_parent, named
+from data import rank_and_world_size, run, toy_tokenizer, write_toy
 from evaluate import evaluate, log, metrics, picture_sheet
 from lora import trainable_state_dict
 from rsrefseg import AMP, DEVICE, SIGLIP_SIZE, RSRefSeg, atomic_write, autocast, cast_frozen_linears
-from rsrefseg import as_input_error, default_amp, load_tensors, read_checkpoint
+from rsrefseg import default_amp, load_tensors, read_checkpoint
 from sam import CONFIGS, read_state
 
 # tiny has no pretrained towers: all is trained, with a second loss that teaches the towers to agree.
 TINY = dict(data=Path("data", "toy"), lora_rank=0, epochs=5, batch_size=8, total_batch=8,
             phrases_per_image=4, lr=1e-3, warmup_epochs=0.25, clip=1.0, map_loss=1.0, workers=0)
 
-# What may differ when a run is resumed.
 MAY_CHANGE = ("data", "format", "out", "siglip", "sam_weights", "init", "resume", "device",
-              "checkpoint_activations", "workers", "save_every")
+              "checkpoint_activations", "workers", "save_every")       # when a run is resumed
 
 def parse_args(argv=None):
-    """Returns the arguments. The defaults are the paper's for b and l; TINY has those of tiny."""
-    # --sam is parsed first: the size decides the other defaults.
+    """Returns the arguments. --sam is parsed first: it decides the defaults, the paper's or TINY."""
     size = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     size.add_argument("--sam", choices=list(SIGLIP_SIZE), default="b", help="size")
     parser = argparse.ArgumentParser(description="Train RSRefSeg.", parents=[size], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    flag = argparse.BooleanOptionalAction
     add("--data", type=Path, default=Path("data", "rrsis-d"), help="folder, see data.py")
     add("--format", choices=list(FORMATS), help="of --data, if the folder does not tell")
     add("--out", type=Path, help="folder for checkpoints and logs; None is runs/SIZE")
@@ -63,7 +56,7 @@ def parse_args(argv=None):
     add("--lora-rank", type=int, default=16, help="0 trains the towers whole")
     add("--lora-alpha", type=float, default=16, help="the adapters are scaled by alpha / rank")
     add("--lora-dropout", type=float, default=0.1, help="on the input of the adapters")
-    add("--text-lora", action=flag, default=True, help="adapt the text tower too")
+    add("--text-lora", action=argparse.BooleanOptionalAction, default=True, help="adapt the text tower")
     add("--down-blocks", type=int, default=2, choices=[1, 2, 3], help="stride-2 blocks of the prompter")
     add("--prompts", default="both", choices=["both", "sparse", "dense"], help="what SAM receives")
     add("--branches", default="both", choices=["both", "local", "global"], help="of the prompter")
@@ -90,8 +83,6 @@ def parse_args(argv=None):
     args.amp = args.amp or default_amp(args.device)
     if args.sam == "tiny" and not args.init and (args.siglip or args.sam_weights or args.lora_rank):
         parser.error("tiny is trained from scratch: no --siglip, --sam-weights or --lora-rank")
-    if args.map_loss and args.prompts == "sparse" and args.branches == "local":
-        parser.error("--prompts sparse --branches local ignores the sentence map: give --map-loss 0")
     for name in ("epochs", "batch_size", "total_batch", "phrases_per_image", "save_every", "val_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -100,35 +91,20 @@ def parse_args(argv=None):
 def learning_rate(step, steps_per_epoch, args):
     """Linear from 0.01 lr to lr over the warm-up, then cosine to 0.001 lr at the end."""
     warmup = args.warmup_epochs * steps_per_epoch
-    total = args.epochs * steps_per_epoch
     if step < warmup:     # the last warm-up step has the full rate; min, as warmup may be a fraction
         return args.lr * (0.01 + 0.99 * min(1, step / max(1, warmup - 1)))
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (args.epochs * steps_per_epoch - warmup)))
     return args.lr * (0.001 + 0.999 * cosine)
 
-def init_distributed(args):
-    """Join the processes that torchrun started, one GPU per process. Returns rank and world size."""
-    if "LOCAL_RANK" in os.environ:
-        hour = timedelta(hours=1)                                      # the others wait for downloads
-        if args.device == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-            dist.init_process_group("nccl", timeout=hour, device_id=device)
-        else:
-            dist.init_process_group("gloo", timeout=hour)
-    return rank_and_world_size()
-
 def fit_batch(args, items, world_size):
-    """Returns the steps per epoch. An item is an image with its phrases_per_image phrases. A train split
-    with fewer items than --total-batch lowers it."""
+    """Returns the steps per epoch. Lowers --total-batch if the train split has fewer items."""
     if args.total_batch > items >= world_size:
         args.batch_size = min(args.batch_size, items // world_size)
         args.total_batch = items - items % (args.batch_size * world_size)
         print(f"the train split has {items} items: --total-batch is lowered to {args.total_batch}")
     if args.total_batch > items or args.total_batch % (args.batch_size * world_size):
         raise InputError(f"--total-batch {args.total_batch} must be a multiple of --batch-size "
-                         f"{args.batch_size} x {world_size} processes, and at most {items}, the size of "
-                         "the train split.")
+                         f"{args.batch_size} x {world_size} processes, and at most {items}, all items.")
     return items // args.total_batch
 
 def batches(dataset, args, step, steps_per_epoch):
@@ -151,14 +127,13 @@ def batches(dataset, args, step, steps_per_epoch):
 
 def initial_model(args):
     """Returns the model that training starts from."""
-    dtype = AMP[args.amp] or torch.float32
     names = ["sam", "lora_rank", "lora_alpha", "lora_dropout", "text_lora", "down_blocks", "prompts",
              "branches"]
     settings = {name: getattr(args, name) for name in names}
     if args.init:
         model = RSRefSeg.from_checkpoint(args.init, args.siglip, args.sam_weights)
         if model.tower_sources:               # else the towers are saved too, and bf16 would round them
-            cast_frozen_linears(model, dtype)
+            cast_frozen_linears(model, AMP[args.amp])
         if model.settings["sam"] != args.sam:
             raise InputError(f"{args.init} holds size {model.settings['sam']}, not --sam {args.sam}.")
         print(f"settings of {args.init}: {model.settings}")
@@ -166,8 +141,8 @@ def initial_model(args):
         model = RSRefSeg(**settings)
         model.tokenizer = toy_tokenizer()
     else:
-        sources = dict(siglip=args.siglip, sam_weights=args.sam_weights)
-        model = RSRefSeg.from_pretrained(**sources, **settings, dtype=dtype)
+        settings.update(siglip=args.siglip, sam_weights=args.sam_weights, dtype=AMP[args.amp])
+        model = RSRefSeg.from_pretrained(**settings)
     for module in model.modules():
         if hasattr(module, "checkpoint_activations"):
             module.checkpoint_activations = args.checkpoint_activations
@@ -178,20 +153,15 @@ def save_state(args, config, step, best, model, optimizer, scaler):
     if rank_and_world_size()[0] == 0:
         state = dict(config=config, step=step, best=best, model=trainable_state_dict(model),
                      optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        atomic_write(args.out / "resume.pt", buffer.getvalue())
+        atomic_write(args.out / "resume.pt", lambda file: torch.save(state, file))
 
 def load_state(args, config, model, optimizer, scaler):
     """Load resume.pt, unless it is of another run. Returns the steps done and the best gIoU."""
     path = args.out / "resume.pt"
-    state = as_input_error(read_state, path)
-    changed = []
-    for name, value in config.items():
-        before = state.get("config", {}).get(name)
-        if before != value:
-            flag = f"--{name.replace('_', '-')}" if hasattr(args, name) else name
-            changed.append(f"{flag} was {before}, is {value}")
+    with named("--resume"):
+        state, _ = read_state(path)
+    changed = [f"{name} was {state['config'].get(name)}, is {value}" for name, value in config.items()
+               if state["config"].get(name) != value]
     if changed:
         raise InputError(f"{path} belongs to another run: {', '.join(changed)}.")
     load_tensors(model, state["model"], path)
@@ -200,7 +170,6 @@ def load_state(args, config, model, optimizer, scaler):
     return state["step"], state["best"]
 
 # ------------------------------------------------------------------------------------- the training loop
-
 def segmentation_loss(logits, masks):
     """5 x binary cross-entropy, as in the released code (AdamW hardly notices the factor). Logits
     (N, 1, h, w) of any size are enlarged to that of masks (N, 1, H, W) in [0, 1]."""
@@ -209,8 +178,7 @@ def segmentation_loss(logits, masks):
 
 def training_step(step, model, ddp_model, loader, optimizer, scaler, args):
     """One optimizer step on total_batch images. Returns this process's loss and the gradient norm.
-    Raises InputError, before the weights change, if either is not finite, except for an overflow of fp16
-    that GradScaler can still cure."""
+    Raises InputError, before the weights change, if either is not finite."""
     accumulate = args.total_batch // (args.batch_size * rank_and_world_size()[1])
     mean_loss = torch.zeros((), device=model.device)
     samples = []
@@ -220,26 +188,22 @@ def training_step(step, model, ddp_model, loader, optimizer, scaler, args):
         images = batch["images"].to(model.device, non_blocking=True)       # (B, 3, S, S) uint8
         masks = batch["masks"].to(model.device, non_blocking=True)         # (N, 1, S, S) bool
         ids, token_mask = model.tokenize([ref.phrase for ref in batch["refs"]])
-        sync = i == accumulate - 1 or ddp_model is model          # all-reduce gradients only at the end
-        with nullcontext() if sync else ddp_model.no_sync():
-            with autocast(model.device, args.amp):
-                output = ddp_model(images / 255, ids, token_mask)
-            loss = segmentation_loss(output.logits, masks)
-            if args.map_loss:                  # not in the paper: it teaches untrained towers to agree
-                sentence_map = output.sentence_map[:, None]
-                coverage = F.adaptive_avg_pool2d(masks.float(), sentence_map.shape[-2:])
-                loss = loss + args.map_loss * segmentation_loss(sentence_map, coverage)
-            scaler.scale(loss / accumulate).backward()
+        ddp_model.require_backward_grad_sync = i == accumulate - 1     # all-reduce only at the end
+        with autocast(model.device, args.amp):
+            output = ddp_model(images / 255, ids, token_mask)
+        loss = segmentation_loss(output.logits, masks)
+        if args.map_loss:                      # not in the paper: it teaches untrained towers to agree
+            sentence_map = output.sentence_map[:, None]
+            coverage = F.adaptive_avg_pool2d(masks.float(), sentence_map.shape[-2:])
+            loss = loss + args.map_loss * segmentation_loss(sentence_map, coverage)
+        scaler.scale(loss / accumulate).backward()
         mean_loss += loss.detach() / accumulate
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()   # inf: no clip
     loss = mean_loss.item()
-    broken = not math.isfinite(loss)
-    if not math.isfinite(norm):
-        # With fp16, GradScaler skips such a step and halves its scale, 65,536 at first. After 26 of them
-        # in a row the scale cannot be the reason.
-        broken = broken or not scaler.is_enabled() or scaler.get_scale() < 1e-3
-    if broken:
+    # GradScaler skips a step that overflows in fp16, and halves its scale of 65,536: 26 times at most.
+    overflow_allowed = scaler.is_enabled() and scaler.get_scale() > 1e-3
+    if not math.isfinite(loss) or (not math.isfinite(norm) and not overflow_allowed):
         raise InputError(f"step {step}: loss {loss}, gradient {norm}, samples {samples}; resume.pt is "
                          "intact. Try a lower --lr, --clip 1, or --init with an earlier checkpoint.")
     scaler.step(optimizer)
@@ -264,7 +228,13 @@ def validate(model, val_set, step, best, args):
     return max(best, result["gIoU"])
 
 def train(args):
-    rank, world_size = init_distributed(args)
+    if "LOCAL_RANK" in os.environ and args.device == "cuda":           # torchrun: a GPU per process
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    elif "LOCAL_RANK" in os.environ:
+        dist.init_process_group("gloo")
+    rank, world_size = rank_and_world_size()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")                             # only rank 0 prints
     resumable = (args.out / "resume.pt").exists()
@@ -277,8 +247,7 @@ def train(args):
     torch.backends.cuda.enable_cudnn_sdp(False)
 
     # Data
-    exists = (args.data / "phrases.jsonl").exists()                    # write_toy writes it last
-    if args.data == TINY["data"] and not exists and rank == 0:
+    if rank == 0 and args.data == TINY["data"] and not (args.data / "phrases.jsonl").exists():
         write_toy(args.data)
     if world_size > 1:
         dist.barrier()
@@ -286,7 +255,7 @@ def train(args):
     train_set = RefSegDataset(args.data, "train", side, args.phrases_per_image, args.format)
     val_set = RefSegDataset(args.data, "val", side, format=args.format)
     test_set = RefSegDataset(args.data, "test", side, format=args.format)
-    print(train_set, val_set, test_set, sep="\n")
+    print(f"phrases: train {len(train_set.refs):,}, val {len(val_set):,}, test {len(test_set):,}")
     steps_per_epoch = fit_batch(args, len(train_set), world_size)
     total_steps = args.epochs * steps_per_epoch
     print(f"{total_steps} steps of {args.total_batch} images, {steps_per_epoch} per epoch")
@@ -301,16 +270,14 @@ def train(args):
     model.to(args.device, memory_format=torch.channels_last)           # faster convolutions
     ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
     parameters = [p for p in model.parameters() if p.requires_grad]
-    sizes = [sum(p.numel() for p in group) for group in (parameters, model.parameters())]
-    print(f"{sizes[0]:,} of {sizes[1]:,} parameters train")
+    total = sum(p.numel() for p in model.parameters())
+    print(f"{sum(p.numel() for p in parameters):,} of {total:,} parameters train")
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
-
-    # Resume
     args.out.mkdir(parents=True, exist_ok=True)
-    config = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    config.update(model.settings, checkpoints_hold_towers=not model.tower_sources,
-                  training_items=len(train_set))
+    config = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()
+              if name not in MAY_CHANGE}
+    config.update(model.settings, towers_saved=not model.tower_sources, training_items=len(train_set))
     first_step = 0
     best = -1.0                                                        # gIoU on val
     if args.resume:
@@ -332,8 +299,7 @@ def train(args):
         loss, norm = training_step(step, model, ddp_model, loader, optimizer, scaler, args)
         losses.append(loss)
         done = step + 1
-        end_of_epoch = done % steps_per_epoch == 0
-        if done % 50 == 0 or end_of_epoch:
+        if done % 50 == 0 or done % steps_per_epoch == 0:
             mean_loss = torch.tensor(losses, device=args.device).mean() / world_size
             if world_size > 1:
                 dist.all_reduce(mean_loss)                             # a sum
@@ -358,8 +324,8 @@ def train(args):
         dist.barrier()                                                 # rank 0 has written it
     path = args.out / "best.safetensors"
     load_tensors(model, read_checkpoint(path)[1], path)
-    result = metrics(evaluate(model, test_set, args.batch_size, args.amp, args.workers))
-    log(args.out, "test", total_steps, result)
+    rows = evaluate(model, test_set, args.batch_size, args.amp, args.workers)
+    log(args.out, "test", total_steps, metrics(rows))
     if world_size > 1:
         dist.destroy_process_group()
 
@@ -368,9 +334,7 @@ def main(argv=None):
     try:
         train(args)
     except KeyboardInterrupt:
-        if not (args.out / "resume.pt").exists():
-            sys.exit("stopped before the first step")
-        sys.exit("stopped: the same command with --resume continues from the last resume.pt")
+        sys.exit("stopped: the same command with --resume continues, if --out has a resume.pt")
 
 if __name__ == "__main__":
     run(main)
