@@ -3,11 +3,10 @@
     RRSIS-D     rrsisd/refs(unc).p, rrsisd/instances.json, images/rrsisd/JPEGImages/*.jpg
     RefSegRS    output_phrase_{train,val,test}.txt of "<id> <phrase>", images/<id>.tif, masks/<id>.tif
     RISBench    img_rgb/*.png with output_phrase_{split}.txt and mask/*.png, or with *.jsonl of
-                {split, file_name, sent, segmentation}; the released code converts RRSIS-D to this form
+                {split, file_name, sent, segmentation}
     own         phrases.jsonl of {image, mask, phrase, split}, images/, masks/ (foreground is above 0)
 
-`python data.py toy DIR` draws a small set in the format `own`, whose phrases single out one object among
-others of its class.
+`python data.py toy DIR` draws a small set in the format `own`.
 Shapes: B images, k phrases per image, N = B k, S side of the model's input, H W an image's size.
 """
 import argparse
@@ -28,69 +27,72 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps, UnidentifiedImageError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 Image.MAX_IMAGE_PIXELS = None  # satellite scenes exceed Pillow's limit of 179 million pixels
-IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")  # EPS runs a program
+IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")  # EPS runs Ghostscript
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".jp2")
 
 SPLITS = ("train", "val", "test")
-# One row: a phrase and the mask of what it names. image is a Path, mask the Path of an image or COCO's
-# segmentation. Without ids in the data ref_id is "file:line", without categories category is "-".
+# One row: a phrase and the mask of what it names. image is a Path; mask is a Path or, as in COCO, a dict
+# or list. Where the data have no ids, ref_id is "file:line"; where they have no categories, "-".
 Ref = namedtuple("Ref", "ref_id split image phrase category mask")
 
 class InputError(ValueError):
     """Bad input, described in one line for the person who gave it."""
 
 @contextmanager
-def named(place, problems=None):
-    """Turn an error inside a `with` into an InputError that names the place, or add it to `problems`."""
+def error_context(place, problems=None):
+    """Turn an error inside a `with` into an InputError that names the place. Given `problems`, a list,
+    append the text to it instead and go on."""
     try:
         yield
     except Exception as error:  # damaged files cause errors of many classes
-        what = "" if type(error) in (InputError, ValueError) else f"{type(error).__name__}: "
-        text = f"{place}: {what}{textwrap.shorten(str(error), 1000)}".replace("KeyError:", "no field")
+        kind = "" if type(error) in (InputError, ValueError) else f"{type(error).__name__}: "
+        text = f"{place}: {kind}{textwrap.shorten(str(error), 1000)}"
+        text = text.replace("KeyError: ", "no field ")  # str(KeyError("sent")) is only 'sent'
         if problems is None:
             raise InputError(f"{text.rstrip('.')}. Correct it or fetch it again.") from error
         problems.append(text)
 
 # ------------------------------------------------------------------------------------- images and masks
 def is_16_bit_colour(image):
-    """True if the file of a PIL image that is not loaded yet holds several channels of 16 bits."""
+    """True if a PIL image, opened but not loaded yet, has several channels of 16 bits in its file."""
     if len(image.getbands()) == 1:
         return False
     if image.format == "TIFF":
-        return max(image.tag_v2.get(258, (8,))) > 8  # the tag BitsPerSample
+        return max(image.tag_v2.get(258, (8,))) > 8  # BitsPerSample, one number per channel
     if image.format == "JPEG2000" and image.fp:
         image.fp.seek(0)  # to load it, Pillow seeks again
         header = image.fp.read(65536).partition(b"\xff\x4f\xff\x51")[2]  # after the markers SOC, SIZ
-        return len(header) > 38 and (header[38] & 127) > 7  # the bits less one, beside a sign
-    layouts = [tile[3] for tile in getattr(image, "tile", [])]  # how Pillow decodes a PNG or a PPM
+        return len(header) > 38 and (header[38] & 127) > 7  # its field Ssiz: a sign bit, 7 of bits - 1
+    layouts = [tile[3] for tile in getattr(image, "tile", [])]  # raw mode, or (mode, maximum) of a PPM
     return any(layout in ("LA;16B", "RGB;16B", "RGBA;16B", ("RGB", 65535)) for layout in layouts)
 
 def upright(image):
-    """PIL image -> a copy, turned as its EXIF orientation says, which is how every viewer shows it. A
-    TIFF keeps its stored rows and columns, as in GDAL. Raises InputError for colour of 16 bits."""
-    if is_16_bit_colour(image):  # Pillow reads the high byte, which is nearly 0 if a sensor has 12 bits
+    """PIL image -> a copy, turned as its EXIF orientation says, as every viewer shows it. That of a TIFF
+    is ignored, as in GDAL. Raises InputError for colour of 16 bits."""
+    if is_16_bit_colour(image):  # Pillow keeps the high byte: nearly black if the sensor has 12 bits
         raise InputError("colour of 16 bits is not supported: gdal_translate -ot Byte -scale IN OUT.tif")
     if image.format == "TIFF":
         image.getexif()[274] = 1  # no orientation, else Pillow would turn the pixels on loading
-    with suppress(Exception):  # damaged EXIF, of many classes of errors: viewers ignore it
+    image.load()  # here, so that the next line hides no damaged pixels
+    with suppress(Exception):  # damaged EXIF raises errors of many classes; viewers ignore it
         return ImageOps.exif_transpose(image)
     return image.copy()
 
 def stretch(values):
-    """Grey (H, W) float32 -> uint8, black from its 2nd percentile down, white from its 98th up."""
-    known = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
-    # Saturation and "no data" are no part of the picture: the ends, if over 2 % of the pixels have them.
-    ends = [end for end in (known.min(), known.max()) if (known == end).mean() > 0.02]
-    inner = known[~np.isin(known, ends)]
+    """Grey (H, W) float32 -> uint8: 0 up to its 2nd percentile, 255 from its 98th. A lowest or highest
+    value that over 2 % of the pixels have is "no data" or saturation, and does not count."""
+    finite = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
+    ends = [end for end in (finite.min(), finite.max()) if (finite == end).mean() > 0.02]
+    inner = finite[~np.isin(finite, ends)]
     low, high = np.percentile(inner, (2, 98)) if inner.size else (0, 0)
-    if low == high:  # nearly all pixels have one value: a scene at night, radar
-        low, high = known.min(), known.max()
+    if low == high:  # no range is left, as at night or in radar: take the full one
+        low, high = finite.min(), finite.max()
     values = np.clip((values - low) * (255 / max(high - low, 1e-9)), 0, 255)
     return np.nan_to_num(values).round().astype(np.uint8)  # NaN is black
 
@@ -102,25 +104,27 @@ def to_rgb(image):
     return image.convert("RGB")
 
 def binarize(image):
-    """PIL image -> mask (H, W) bool, True where any channel but transparency is above 0."""
+    """PIL image -> mask (H, W) bool, True where its grey or colour, not transparency, is above 0."""
     image = upright(image)
-    if len(image.getbands()) == 1 and image.mode != "P":  # P holds indices of a palette
-        return np.asarray(image) > 0
-    return np.asarray(image.convert("RGB")).any(-1)
+    if len(image.getbands()) > 1 or image.mode == "P":  # P: indices of a palette's colours
+        image = image.convert("RGB")
+        return np.asarray(image).any(-1)
+    return np.asarray(image) > 0
 
 def read_image(path, convert=to_rgb):
     """Return an image file as an RGB PIL image, or as what `convert` makes of it. Raises InputError."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return convert(image)
+    except UnidentifiedImageError as error:
+        raise InputError(f"{error}. Pillow reads TIFFs of one band of up to 32 bits, or up to four of 8 "
+                         "bits with RGB. Convert others: gdal_translate -b 1 -b 2 -b 3 -ot Byte -scale "
+                         f"-co PHOTOMETRIC=RGB {path} OUT.tif") from error
     except Exception as error:  # each decoder raises its own classes
-        raise InputError(
-            f"cannot read image {path}: {error}. Fetch it again. Of a TIFF Pillow reads one band up to "
-            "32 bits, or up to four of 8 bits with RGB. Of others make three bands: gdal_translate -b 1 "
-            f"-b 2 -b 3 -ot Byte -scale -co PHOTOMETRIC=RGB {path} OUT.tif") from error
+        raise InputError(f"image {path}: {error}. Fetch or convert it again.") from error
 
 def image_files(folder):
-    """Return a folder's images, sorted paths, without hidden files such as macOS's ._x.jpg."""
+    """Return a folder's images, sorted paths, without hidden files, as macOS writes beside others."""
     return [path for path in sorted(Path(folder).iterdir())
             if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
 
@@ -129,7 +133,7 @@ def image_tensor(image, side):
     return torch.from_numpy(np.array(image.resize((side, side), Image.BILINEAR))).permute(2, 0, 1)
 
 def tile_starts(length, tile):
-    """Return where windows of `tile` start along a side of `length`. They overlap by at least half."""
+    """Return where windows of size `tile` start along a side of `length`. They overlap by about half."""
     steps = math.ceil(2 * (length - tile) / tile)
     return np.linspace(0, length - tile, steps + 1).round().astype(int).tolist()
 
@@ -138,8 +142,8 @@ def resize_mask(mask, height, width):
     return np.array(Image.fromarray(mask).resize((width, height), Image.NEAREST))
 
 def parse_runs(text):
-    """COCO's run lengths as a string -> list of ints. Each character less 48 is 6 bits: 5 of a number,
-    the least significant ones first, and 32 if more of them follow in the next character."""
+    """COCO's run lengths as a string -> list of ints. Each character less 48 holds 6 bits: five of a
+    number, the lowest first, and one that is set if the number goes on in the next character."""
     runs = []
     value = shift = 0
     for character in text:
@@ -147,9 +151,9 @@ def parse_runs(text):
         value += (bits & 31) << shift
         shift += 5
         if bits & 32 == 0:  # the number is complete
-            if bits & 16:  # negative, in two's complement
+            if bits & 16:  # its highest bit is set: negative, in two's complement
                 value -= 1 << shift
-            if len(runs) > 2:  # from the fourth run on, the change from two runs before
+            if len(runs) > 2:  # the fourth and later ones are stored less the run two before
                 value += runs[-2]
             runs.append(value)
             value = shift = 0
@@ -160,21 +164,21 @@ def decode_segmentation(segmentation):
     alternate, column by column. A list of such parts -> their union. Raises InputError."""
     if isinstance(segmentation, list) and isinstance(segmentation[0], (dict, list)):
         return np.any([decode_segmentation(part) for part in segmentation], 0)
-    if not isinstance(segmentation, dict):
-        raise InputError("this is a polygon. Only run lengths are supported (pycocotools: annToRLE)")
+    if not isinstance(segmentation, dict):  # numbers, the corners of a polygon
+        raise InputError("polygons are not supported, only run lengths (pycocotools: annToRLE)")
     height, width = segmentation["size"]
     runs = segmentation["counts"]
     if isinstance(runs, str):
         runs = parse_runs(runs)
     if sum(runs) != height * width or min(runs) < 0:
-        raise InputError(f"the run lengths do not add up to {height} x {width} pixels")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T  # by columns
+        raise InputError(f"the run lengths are not those of {height} x {width} pixels")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T  # odd runs are 1s
 
 def read_mask(ref):
     """Return the stored mask of a row, (H, W) bool. Raises InputError."""
     if isinstance(ref.mask, Path):
         return read_image(ref.mask, binarize)
-    with named(f"mask of ref_id {ref.ref_id} ({ref.image.name}), COCO's segmentation"):
+    with error_context(f"mask of ref_id {ref.ref_id} ({ref.image.name}), COCO's segmentation"):
         return decode_segmentation(ref.mask)
 
 # -------------------------------------------------------------------------------------------- data sets
@@ -183,23 +187,25 @@ def make_ref(ref_id, split, image, phrase, category, mask):
     if split not in SPLITS:
         raise InputError(f"split {split!r} is not train, val or test")
     if not isinstance(phrase, str) or not any(character.isalnum() for character in phrase):
-        raise InputError(f"the phrase {phrase!r} is empty")
+        raise InputError(f"the phrase {phrase!r} has no words")
+    if not mask:
+        raise InputError("the object has no segmentation")
     category = "-" if str(category) in ("", "None", "nan") else str(category)
     return Ref(ref_id, split, image, phrase.strip(), category, mask)
 
 def read_lines(path):
-    """Yield (name for errors, ref_id, text) of the lines that are not blank."""
-    with named(path):
-        lines = path.read_text("utf-8-sig").split("\n")  # not splitlines, which splits phrases, too
+    """Yield (place, ref_id, line) of the lines that are not blank; errors name the place."""
+    with error_context(path):
+        lines = path.read_text("utf-8-sig").split("\n")  # splitlines also splits at U+2028
     for i, line in enumerate(lines, 1):
         if line.strip():
             yield f"{path.name} line {i}", f"{path.stem}:{i}", line.strip()
 
-# These readers yield the Refs of a data set. `named` puts what is wrong with bad rows into `problems`.
+# These readers yield the Refs of a data set, and append to `problems` what is wrong with a bad row.
 def read_refsegrs(root, problems, images="images", masks="masks", suffix=".tif"):
     for split in SPLITS:
         for place, ref_id, line in read_lines(root / f"output_phrase_{split}.txt"):
-            with named(place, problems):
+            with error_context(place, problems):
                 name, _, phrase = line.partition(" ")
                 file = name.removesuffix(suffix) + suffix
                 yield make_ref(ref_id, split, root / images / file, phrase, "-", root / masks / file)
@@ -210,14 +216,14 @@ def read_risbench(root, problems):
         yield from read_refsegrs(root, problems, "img_rgb", "mask", ".png")
     for path in files:
         for place, ref_id, line in read_lines(path):
-            with named(place, problems):
+            with error_context(place, problems):
                 row = json.loads(line)
                 yield make_ref(ref_id, row["split"], root / f"img_rgb/{row['file_name']}", row["sent"],
                                row.get("category_name"), row["segmentation"])
 
 def read_own(root, problems):
     for place, ref_id, line in read_lines(root / "phrases.jsonl"):
-        with named(place, problems):
+        with error_context(place, problems):
             row = json.loads(line)
             yield make_ref(ref_id, row["split"], root / f"images/{row['image']}", row["phrase"],
                            row.get("category"), root / f"masks/{row['mask']}")
@@ -230,31 +236,29 @@ class PlainUnpickler(pickle.Unpickler):
 
 def read_rrsisd(root, problems):
     folder = root / "rrsisd"
-    with named(folder / "refs(unc).p"), open(folder / "refs(unc).p", "rb") as file:
+    with error_context(folder / "refs(unc).p"), open(folder / "refs(unc).p", "rb") as file:
         rows = list(PlainUnpickler(file).load())
-    with named(folder / "instances.json"):
+    with error_context(folder / "instances.json"):
         instances = json.loads((folder / "instances.json").read_bytes())
         names = {row["id"]: row["name"] for row in instances["categories"]}
         masks = {row["id"]: row.get("segmentation") for row in instances["annotations"]}
     for i, row in enumerate(rows, 1):
-        with named(f"refs(unc).p row {i}", problems):
+        with error_context(f"refs(unc).p row {i}", problems):
             mask = masks.get(row["ann_id"])
-            if not mask:
-                raise InputError(f"ann_id {row['ann_id']} has no segmentation in instances.json")
             image = root / f"images/rrsisd/JPEGImages/{row['file_name']}"
             category = names.get(row.get("category_id"))
             for sentence in row["sentences"]:
                 yield make_ref(row["ref_id"], row["split"], image, sentence["sent"], category, mask)
 
-FORMATS = {  # name -> what identifies it, tried in this order; its reader; its published phrases
+FORMATS = {  # name -> (path that marks it, reader, published numbers of phrases), tried in this order
     "rrsisd": ("rrsisd", read_rrsisd, "train 12,181, val 1,740, test 3,481"),
     "own": ("phrases.jsonl", read_own, "-"),
     "risbench": ("img_rgb", read_risbench, "train 26,300, val 10,013, test 16,159"),
     "refsegrs": ("output_phrase_train.txt", read_refsegrs, "train 2,172, val 431, test 1,817")}
 
 def read_refs(root, format=None):
-    """Return a data set's format (a name in FORMATS; None detects it), its good rows, and what is wrong
-    with the bad ones. Raises InputError for a missing or damaged file."""
+    """Return the name of a data set's format, its good rows, and what is wrong with the bad ones. If
+    `format` is None it is detected. Raises InputError for a missing or damaged file."""
     root = Path(root)
     formats = [format] if format else list(FORMATS)
     found = [name for name in formats if (root / FORMATS[name][0]).exists()]
@@ -267,13 +271,13 @@ def read_refs(root, format=None):
     return found[0], refs, problems
 
 class RefSegDataset(Dataset):
-    """One split of a data set. An item is a dict of an image with k = `phrases` of its phrases:
+    """One split of a data set. An item is an image with k = `phrases` of its phrases, as a dict:
         image        (3, S, S) uint8
         masks        (k, 1, S, S) bool
         originals    list of the k masks (H, W) bool at the image's size
         refs         list of the k rows
-    With k > 1 the phrases of an image are dealt out k at a time; a last group of fewer is filled up with
-    its first ones. Raises InputError for missing files or bad rows."""
+    Each image's phrases are split into items of k. The last one is filled up with the image's first
+    phrases. Raises InputError for missing files or bad rows."""
 
     def __init__(self, root, split, side, phrases=1, format=None):
         self.split = split
@@ -290,13 +294,13 @@ class RefSegDataset(Dataset):
         if missing:
             raise InputError(f"{len(missing)} files of the {split} split are missing: "
                              f"{', '.join(missing[:5])}. Fetch them again or remove their rows.")
-        groups = defaultdict(list)
+        by_image = defaultdict(list)  # with one phrase per item: each row alone, in their order
         for i, ref in enumerate(self.refs):
-            groups[ref.image if phrases > 1 else i].append(ref)  # k = 1 keeps the order of the rows
+            by_image[ref.image if phrases > 1 else i].append(ref)
         self.items = []
-        for group in groups.values():
-            for start in range(0, len(group), phrases):
-                self.items.append([group[(start + i) % len(group)] for i in range(phrases)])
+        for rows in by_image.values():
+            for start in range(0, len(rows), phrases):
+                self.items.append([rows[(start + i) % len(rows)] for i in range(phrases)])
 
     def __len__(self):
         return len(self.items)
@@ -304,7 +308,7 @@ class RefSegDataset(Dataset):
     def __getitem__(self, index):
         refs = self.items[index]
         image = read_image(refs[0].image)
-        # Two masks of RRSIS-D differ in size from their image.
+        # To the image's size, from which two masks of RRSIS-D differ.
         originals = [resize_mask(read_mask(ref), image.height, image.width) for ref in refs]
         masks = np.stack([resize_mask(mask, self.side, self.side) for mask in originals])
         return dict(image=image_tensor(image, self.side), masks=torch.from_numpy(masks)[:, None],
@@ -322,23 +326,23 @@ def check(root, format=None):
     """Open every image and mask of a data set, print its size and its defects, and write samples to
     ROOT/check.jpg. Raises InputError at the end if training would fail."""
     format, refs, errors = read_refs(root, format)
-    splits = defaultdict(set)
+    splits_of = defaultdict(set)  # (image, phrase) -> splits
     for ref in refs:
-        splits[ref.image, ref.phrase].add(ref.split)
-    warnings = defaultdict(list)  # text -> its rows
+        splits_of[ref.image, ref.phrase].add(ref.split)
+    warnings = defaultdict(list)  # defect -> its rows
     cells = []
     for i, ref in enumerate(tqdm(refs, f"checking {root}")):
         row = f"{ref.split}, ref_id {ref.ref_id}, {ref.image.name}"
-        with named(row, errors):
+        with error_context(row, errors):
             image = read_image(ref.image)
             mask = read_mask(ref)
-            values = []
-            if isinstance(ref.mask, Path):  # as grey; getcolors(2) gives None for more than two
-                values = read_image(ref.mask, lambda image: image.convert("F").getcolors(2))
+            colours = []
+            if isinstance(ref.mask, Path):  # F: grey of any depth; None: more than two of them
+                colours = read_image(ref.mask, lambda image: image.convert("F").getcolors(2))
             defects = {"the mask has another size than the image": mask.shape != image.size[::-1],
                        "the mask is empty": not mask.any(), "the mask covers everything": mask.all(),
-                       "the mask has more than two values": values is None,
-                       "another split has this image and phrase": len(splits[ref.image, ref.phrase]) > 1}
+                       "the mask has more than two values": colours is None,
+                       "another split has the same row": len(splits_of[ref.image, ref.phrase]) > 1}
             for text, found in defects.items():
                 if found:
                     warnings[text].append(row)
@@ -362,8 +366,7 @@ def check(root, format=None):
 def download(root):
     """Fetch RRSIS-D from the Hugging Face hub and unpack it into ROOT. Raises InputError."""
     from huggingface_hub import snapshot_download  # reads HF_ENDPOINT when it is imported
-    with named("RRSIS-D was not fetched (set HF_ENDPOINT to a mirror, or put the files into "
-               f"{root} by hand, as the first lines of data.py show)"):
+    with error_context(f"RRSIS-D (or put its files into {root}, see data.py, or set HF_ENDPOINT)"):
         fetched = Path(snapshot_download("VoyageWang/rrsis-d", repo_type="dataset"))
     lists = root / "rrsisd"
     lists.mkdir(parents=True, exist_ok=True)
@@ -464,8 +467,7 @@ def draw_terrain(rng):
     return terrain.rotate(90 * int(rng.integers(4)))
 
 def place_objects(rng, terrain):
-    """Return up to five objects of three categories, ships on water, others on land, none near another.
-    x and y are in [0, 1]. The squares of the terrain (SCENE, SCENE) that they cover become TAKEN."""
+    """Return up to five objects of three categories, on land or water; their places become TAKEN."""
     categories = rng.permutation(list(OBJECTS))[:3]
     tries = zip(rng.choice(categories, 60), rng.choice(list(SIZES), 60), rng.random((60, 4)))
     objects = []
@@ -603,8 +605,7 @@ def rank_and_world_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def exit_with_parent(worker):
-    """worker_init_fn of a DataLoader. A worker whose main process was killed would wait forever to hand
-    over its batch: let Linux kill it at the same moment."""
+    """worker_init_fn of a DataLoader: on Linux no worker outlives the main process, waiting for it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
 

@@ -30,7 +30,7 @@ def iou(intersection, union):
     return intersection / union if union else 1.0
 
 def metrics(rows):
-    """Rows with the pixels of `intersection` and `union` -> {gIoU, cIoU, Pr@0.5 ... Pr@0.9} in percent,
+    """Rows with pixel counts `intersection` and `union` -> {gIoU, cIoU, Pr@0.5 ... Pr@0.9} in percent,
     and the numbers of samples and of samples with empty target and prediction."""
     ious = np.array([iou(row["intersection"], row["union"]) for row in rows])
     intersection = sum(row["intersection"] for row in rows)
@@ -48,7 +48,7 @@ def evaluate(model, dataset, batch_size, amp="off", workers=0, masks=None):
     model.eval()
     rank, world_size = rank_and_world_size()
     if world_size > 1:
-        for buffer in model.buffers():       # BatchNorm's statistics differ: only CUDA synchronises them
+        for buffer in model.buffers():       # BatchNorm's statistics, which differ on CPU processes
             dist.broadcast(buffer, 0)
     indices = range(rank, len(dataset), world_size)
     loader = DataLoader(Subset(dataset, indices), batch_size, collate_fn=collate, num_workers=workers,
@@ -80,7 +80,7 @@ def format_record(title, record):
     """Returns one line, "title | name value | name value"."""
     parts = [title]
     for name, value in record.items():
-        parts.append(f"{name} {value:#.4g}" if isinstance(value, float) else f"{name} {value}")
+        parts.append(f"{name} {value:#.4g}" if isinstance(value, float) else f"{name} {value}")  # 95.70
     return " | ".join(parts)
 
 def log(folder, kind, step, record):
@@ -130,9 +130,9 @@ def picture_sheet(model, dataset, rows, indices, side=224):
     for index in indices:
         row = rows[index]
         image = read_image(row["image"])
-        picture, *_, word_map, sentence_map, mask = explain(model, image, row["phrase"], side)
+        drawn = explain(model, image, row["phrase"], side)
         target = overlay(image, dataset[index]["originals"][0], (40, 255, 40))
-        cells += [picture, word_map, sentence_map, mask, (f"target, IoU {row['iou']:.2f}", target)]
+        cells += [drawn[0], *drawn[-3:], (f"target, IoU {row['iou']:.2f}", target)]
     return contact_sheet(cells, 5, side)
 
 def shuffle_phrases(dataset):

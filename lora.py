@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 class AdapterLinear(nn.Linear):
-    """Its weight stays fp32 and is used in the type of the input. Under autocast this changes nothing;
-    without, an fp32 adapter on a bf16 or fp64 layer would raise an error."""
+    """Its weight stays fp32 and is used in the type of the input. Without autocast, an fp32 adapter on a
+    bf16 or fp64 layer would else raise an error; under autocast this changes nothing."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
@@ -48,7 +48,7 @@ class LoRA(nn.Module):
         return self.base(x) + self.B(self.A(self.dropout(x))) * self.scale
 
     @property
-    def weight(self):                            # so that LoRA can stand for the layer in other code
+    def weight(self):                            # for code elsewhere that reads layer.weight
         return self.base.weight
 
     @property
@@ -89,13 +89,13 @@ def trainable_state_dict(model):
     return {key: tensor for key, tensor in model.state_dict().items() if key not in frozen}
 
 def save_peft(model, folder):
-    """Write the adapters for `peft.PeftModel.from_pretrained(other, folder)`, where `other` has the same
-    layer names. Raises ValueError for a model that peft's one config for all layers cannot describe."""
+    """Export the adapters for `peft.PeftModel.from_pretrained(other, folder)`, where `other` has the
+    same layer names. Raises ValueError for a model that peft's one config cannot describe."""
     layers = adapted_layers(model)
     shared = {(len(layer.A.weight), layer.scale, layer.dropout.p) for layer in layers.values()}
     if len(shared) != 1:
-        raise ValueError(f"peft's format has one rank, scale and dropout, this model {len(shared)} "
-                         "of them (0: call inject first).")
+        raise ValueError("peft's format has one rank, scale and dropout; this model has "
+                         f"{len(shared)} different ones (0: no LoRA).")
     tensors = {}
     for name, layer in layers.items():
         if getattr(layer.base, "padding_mode", "zeros") != "zeros":

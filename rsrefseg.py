@@ -29,11 +29,17 @@ from tqdm import tqdm
 import lora
 import sam as sam_py                   # `sam` and `siglip` are arguments below
 import siglip as siglip_py
-from data import InputError, image_files, image_tensor, named, overlay, read_image, run, tile_starts
-from data import to_rgb
+from data import InputError, error_context, image_files, image_tensor, overlay, read_image, run
+from data import tile_starts, to_rgb
 from siglip import canonical
 
 SIGLIP_SIZE = {"b": "so400m", "l": "so400m", "h": "so400m", "tiny": "tiny"}      # by size of SAM
+
+# The published weights at the revisions this code was written for.
+HUB = {"siglip": ("google/siglip-so400m-patch14-384", "9fdffc58afc957d1a03a25b10dba0329ab15c2a3"),
+       "b": ("facebook/sam-vit-base", "70c1a07f894ebb5b307fd9eaaee97b9dfc16068f"),
+       "l": ("facebook/sam-vit-large", "6851e0441005b0fb96f2cc4dfac472f3d1b14af1"),
+       "h": ("facebook/sam-vit-huge", "87aecf0df4ce6b30cd7de76e87673c49644bdf67")}
 
 def conv_bn_gelu(c_in, c_out, kernel, stride=1, padding=0):
     conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
@@ -64,13 +70,13 @@ class AttnPrompter(nn.Module):
         """Returns sparse prompts (N, M, C), word_map, sentence_map. image_pos (1, C, g, g) is SAM's
         positional encoding of the grid."""
         v_unit = F.normalize(v, dim=1)
-        t_unit = F.normalize(t.float(), dim=2)
-        s_unit = F.normalize(s.float(), dim=1)
+        t_unit = F.normalize(t, dim=2)
+        s_unit = F.normalize(s, dim=1)
         word_map = torch.sigmoid(a * torch.einsum("ndhw,nld->nlhw", v_unit, t_unit) + b)
         sentence_map = a * torch.einsum("ndhw,nd->nhw", v_unit, s_unit) + b
 
-        # SigLIP's b is about -16. With its published weights the maps are near 0 at first: f_local is
-        # about v / 2 and f_global about 0, but the dense prompt receives the logits.
+        # SigLIP's b is about -16: with its published weights f_local is about v / 2 at first, f_global
+        # about 0. The sentence map learns by way of the dense prompt, which receives its logits.
         # The mean is over real tokens; the released code's includes padding, if a batch has any.
         is_token = token_mask[:, :, None, None].to(word_map.dtype)
         mean_map = (word_map * is_token).sum(1, keepdim=True) / is_token.sum(1, keepdim=True)
@@ -100,8 +106,8 @@ class RSRefSeg(nn.Module):
     above 0 freezes the towers and adapts them, 0 trains them whole. The prompter and SAM's prompt
     encoder and decoder are trained, except for parts that get no gradient. text_lora, down_blocks,
     prompts ("both", "sparse", "dense") and branches ("both", "local", "global") are ablations. `vocab`
-    is SigLIP's number of tokens. `dtype` is the type of the frozen Linears: the autocast type halves
-    their memory, and the model then runs under autocast only. `towers` replace random ones."""
+    is SigLIP's number of tokens, `dtype` the type of the frozen Linears: bf16 or fp16 halves the memory,
+    and needs autocast. `towers` is (SigLIP, SAM) with weights, in place of random ones."""
 
     def __init__(self, sam="b", lora_rank=16, lora_alpha=16, lora_dropout=0.1, text_lora=True,
                  down_blocks=2, prompts="both", branches="both", vocab=None, dtype=torch.float32,
@@ -147,7 +153,8 @@ class RSRefSeg(nn.Module):
             a = self.siglip.logit_scale.exp()
             b = self.siglip.logit_bias
             pos = self.sam.shared_image_embedding.grid(v.shape[-1])
-            sparse, word_map, sentence_map = self.prompter(v, t, s, token_mask, a, b, pos)
+            sparse, word_map, sentence_map = self.prompter(
+                v, t.float(), s.float(), token_mask, a, b, pos)
             # The sentence map, a rough segmentation once trained, becomes SAM's mask prompt.
             side = 4 * f_sam.shape[-1]
             mask_prompt = F.interpolate(sentence_map[:, None], size=(side, side), mode="bilinear")
@@ -181,7 +188,7 @@ class RSRefSeg(nn.Module):
         ids, token_mask = self.tokenize([phrases] if isinstance(phrases, str) else phrases)
         if tile:
             maps = self.blend_windows(image, ids, token_mask, tile)
-        else:              # one phrase at a time: at full size the logits of a scene can take gigabytes
+        else:                      # enlarged one by one: logits of a large scene can take gigabytes
             small = self.predict(image, ids, token_mask).logits.split(1)
             maps = (self.resize_logits(x, image.height, image.width)[0].cpu() for x in small)
         masks = []
@@ -214,8 +221,8 @@ class RSRefSeg(nn.Module):
 
     @classmethod
     def from_pretrained(cls, sam="b", siglip=None, sam_weights=None, **settings):
-        """Pretrained towers with new adapters and prompter. A source is a weight file, its folder or a
-        Hugging Face name; None is the published one. tokenizer.json lies beside SigLIP's weights."""
+        """Pretrained towers, new adapters and prompter. `siglip` (with a tokenizer.json beside it) and
+        `sam_weights` are a weight file, its folder or a Hugging Face name; None is the published one."""
         if sam not in HUB and not sam_weights:
             raise InputError(f"size {sam} has no published weights: give --siglip and --sam-weights.")
         siglip = siglip or HUB["siglip"][0]
@@ -224,7 +231,7 @@ class RSRefSeg(nn.Module):
             towers = siglip_py.SigLIP(SIGLIP_SIZE[sam]), sam_py.SAM(sam)
         siglip_file = fetch(siglip, "model.safetensors")
         sam_file = fetch(sam_weights, "model.safetensors")
-        with named("pretrained weights"):
+        with error_context("pretrained weights"):
             siglip_py.load_weights(towers[0], siglip_file)
             sam_py.load_weights(towers[1], sam_file)
         model = cls(sam, towers=towers, **settings)
@@ -235,8 +242,8 @@ class RSRefSeg(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path, siglip=None, sam_weights=None, dtype=torch.float32):
-        """A trained model in eval mode. The checkpoint, a file or a Hugging Face name, is of train.py or
-        the released code. Frozen towers that it lacks come from where training had them, or as given."""
+        """A trained model in eval mode, from a file or Hugging Face name, of train.py or the released
+        code. Towers that are not in it are read from the sources it names, or from those given."""
         metadata, tensors = read_checkpoint(path)
         sources = metadata.get("tower_sources")
         if sources:                                            # ours with LoRA: only what was trained
@@ -269,8 +276,8 @@ class RSRefSeg(nn.Module):
         atomic_write(path, lambda file: save_file(tensors, file, metadata))
 
 def freeze_unused(model):
-    """Freeze what cannot receive a gradient: DistributedDataParallel would wait for it. The
-    hypernetworks of masks 1-3 get a gradient of zero and stay trainable, as in the released code."""
+    """Freeze what cannot receive a gradient: DistributedDataParallel would wait for it. Masks 1-3 are
+    computed and then cut off: their gradient is zero, and they stay trainable."""
     encoder = model.sam.prompt_encoder
     prompts = model.settings["prompts"]
     unused = [encoder.point_embed, encoder.not_a_point_embed, model.sam.mask_decoder.iou_prediction_head]
@@ -285,21 +292,15 @@ def freeze_unused(model):
 def cast_frozen_linears(model, dtype):
     for tower in (model.siglip, model.sam.vision_encoder):
         for module in tower.modules():
-            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad:    # most of the memory
                 module.to(dtype)
 
 # ------------------------------------------------------------------------------- weights and checkpoints
-# The published weights at the revisions this code was written for.
-HUB = {"siglip": ("google/siglip-so400m-patch14-384", "9fdffc58afc957d1a03a25b10dba0329ab15c2a3"),
-       "b": ("facebook/sam-vit-base", "70c1a07f894ebb5b307fd9eaaee97b9dfc16068f"),
-       "l": ("facebook/sam-vit-large", "6851e0441005b0fb96f2cc4dfac472f3d1b14af1"),
-       "h": ("facebook/sam-vit-huge", "87aecf0df4ce6b30cd7de76e87673c49644bdf67")}
-
 def fetch(source, filename):
     """Returns the absolute path of `filename`. `source` is a file, its folder, or a Hugging Face name,
     which is downloaded once. Raises InputError if there is none."""
     path = Path(source).absolute()
-    if path.is_file() and filename == "tokenizer.json":
+    if path.is_file() and filename == "tokenizer.json":        # it lies beside the weight file
         path = path.parent
     if path.is_dir():
         path = path / filename
@@ -307,10 +308,10 @@ def fetch(source, filename):
         return str(path)
     name = str(source)
     revision = dict(HUB.values()).get(name)                    # HUB's values are (name, revision)
-    with named(f"{name} is no file here, and no repository whose {filename} was downloaded (HF_ENDPOINT "
-               "may name a mirror; in a folder of DeepSpeed name mp_rank_00_model_states.pt)"):
+    with error_context(f"{name} is no file, and no {filename} of that repository was downloaded. Name "
+                       "another, or a mirror in HF_ENDPOINT; in a folder of DeepSpeed the .pt file"):
         cached = try_to_load_from_cache(name, filename, revision=revision)
-        if isinstance(cached, str):
+        if isinstance(cached, str):                            # else None or a marker
             return cached
         # Without a network this fails at once; the download would try again for 25 s.
         get_hf_file_metadata(hf_hub_url(name, filename, revision=revision))
@@ -318,23 +319,23 @@ def fetch(source, filename):
 
 def read_tokenizer(source):
     path = fetch(source, "tokenizer.json")
-    with named(path):
+    with error_context(path):
         return Tokenizer.from_file(path)
 
 def read_checkpoint(path):
     """Returns the metadata, with the model's settings, and {name: tensor}, of either kind of file."""
     path = fetch(path, "best.safetensors")
-    with named("checkpoint"):
+    with error_context("checkpoint"):
         state, metadata = sam_py.read_state(path)
     if "settings" in metadata:
         return {key: json.loads(text) for key, text in metadata.items()}, state
     return convert_official(state, path)
 
 def load_tensors(model, tensors, path, assign=False):
-    """Load {name: tensor}, read from `path`. Only a frozen parameter that is loaded already, not on the
-    meta device, may be missing. With `assign` the tensors become the model's own."""
+    """Load {name: tensor}, read from `path`. Frozen parameters may be missing, unless they are still on
+    the meta device. With `assign` the tensors become the model's own."""
     optional = {name for name, p in model.named_parameters() if not p.requires_grad and not p.is_meta}
-    with named(path):
+    with error_context(path):
         missing, unknown = model.load_state_dict(tensors, strict=False, assign=assign)
         wrong = [*unknown, *sorted(set(missing) - optional)]
         if wrong:
@@ -370,7 +371,7 @@ def segment_file(model, path, args):
         stem = args.out / f"{path.name}_{i}_{re.sub('[^a-z0-9]+', '_', canonical(phrase))[:60]}"
         files = dict(mask=f"{stem}_mask.{'tif' if tags else 'png'}")
         picture = Image.fromarray(mask).convert("L")
-        picture.save(files["mask"], tiffinfo=tags, compression="tiff_deflate")        # for TIFF alone
+        picture.save(files["mask"], tiffinfo=tags, compression="tiff_deflate")  # a PNG ignores both
         if not args.no_overlay:
             files["overlay"] = f"{stem}_overlay.png"
             overlay(image, mask).save(files["overlay"])
@@ -418,8 +419,7 @@ def main(argv=None):
     sys.exit(status)
 
 # -------------------------------------------------------------------- the released code's checkpoints
-# Regular expression for the released code's names -> our name, in this order. Both of its sizes have two
-# down blocks, so that their third spatial block is our `project`.
+# Parts of the released code's names -> ours, in this order. Its third spatial block is our `project`.
 OFFICIAL_NAMES = (
     (r"^module\.", ""), (r"\.base_model\.model", ""), (r"\.base_layer\.", ".base."),
     (r"\.lora_([AB])\.default", r".\1"), ("^clip_vision_encoder.model", "siglip.vision_model"),
@@ -436,7 +436,7 @@ def convert_official(state, path):
     state = state.get("state_dict", state.get("module", state))            # frameworks wrap it
     tensors = {}
     for key, tensor in state.items():
-        for pattern, ours in OFFICIAL_NAMES:
+        for pattern, ours in OFFICIAL_NAMES:                   # regular expressions
             key = re.sub(pattern, ours, key)
         tensors[key] = tensor
     tensors.pop("unused", None)

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 NUM_MASK_TOKENS = 4   # mask 0 answers an unambiguous prompt; 1-3 are whole, part and subpart
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
-LARGE_GRID = 32       # from this side on a CPU attends row by row: windows have 14, global layers 64
+LARGE_GRID = 32       # a CPU attends row by row to grids of this side or more (windows 14, global 64)
 
 @dataclass(frozen=True)
 class SAMConfig:
@@ -81,26 +81,25 @@ def window_unpartition(windows, H, W):
 
 def attend(q, k, v, row_bias, column_bias):
     """softmax(q.k / sqrt(d) + bias) v over an n x n grid; q, k, v and the result (B, heads, n * n, d).
-    The biases (B, heads, n, n, n) hold for each query a number per row, or per column, of the keys.
+    The biases are (B, heads, row of query, column of query, row or column of key), n each of the three.
 
     As an n^2 x n^2 matrix the bias of one global layer of SAM-b takes 0.4 GB per image in bf16. But it
-    is an inner product too: make the query (q, row_bias, column_bias, 0) and the key (k, one-hot code of
-    its row, one-hot code of its column, 0). Plain attention on these then adds the bias by itself."""
+    is an inner product, row_bias . (one-hot code of the key's row), and likewise for columns. Attention
+    of queries (q, row_bias, column_bias) to keys (k, row code, column code) adds it by itself."""
     n = row_bias.shape[-1]
     d = q.shape[-1]
     extra = -(d + 2 * n) % 8                # zeros: fast kernels want widths that are multiples of 8
     zeros = q.new_zeros(*q.shape[:3], extra)
     one_hot = torch.eye(n, dtype=k.dtype, device=k.device)
-    codes = torch.cat([one_hot.repeat_interleave(n, 0), one_hot.repeat(n, 1)], 1)    # (n * n, 2n)
+    codes = torch.cat([one_hot.repeat_interleave(n, 0), one_hot.repeat(n, 1)], 1)     # (n * n, 2n)
     q = torch.cat([q * d ** -0.5, row_bias.flatten(2, 3), column_bias.flatten(2, 3), zeros], -1)
     k = torch.cat([k, codes.expand(*k.shape[:2], -1, -1), zeros], -1)       # (..., d + 2n + extra)
     v = F.pad(v, (0, 2 * n + extra))        # the fused kernel needs one width for q, k and v
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
 
 def attend_row(q, k, v, row_bias, column_bias):
-    """`attend` for the queries of one row: q (B, heads, n, d), k and v (B, heads, n * n, d), biases
-    (B, heads, n, n)."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    """`attend` for one row of queries: q (B, heads, n, d), biases (B, heads, n, key's row or column)."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)                     # (B, heads, n, n * n)
     scores = scores.unflatten(3, (q.shape[2], -1))       # (B, heads, query, row of key, column of key)
     scores += row_bias[..., None]
     scores += column_bias[..., None, :]
@@ -111,13 +110,15 @@ def attend_by_rows(q, k, v, row_bias, column_bias):
     The backward pass computes them again."""
     k = k.contiguous()
     v = v.contiguous()
-    rows = zip(q.chunk(row_bias.shape[2], 2), row_bias.unbind(2), column_bias.unbind(2))
-    outputs = [checkpoint(attend_row, row, k, v, r, c, use_reentrant=False) for row, r, c in rows]
+    n = row_bias.shape[2]
+    q = q.unflatten(2, (n, n))
+    outputs = [checkpoint(attend_row, q[:, :, y], k, v, row_bias[:, :, y], column_bias[:, :, y],
+                          use_reentrant=False) for y in range(n)]
     return torch.cat(outputs, 2)
 
 class Attention(nn.Module):
     """Self-attention over an n x n grid with decomposed relative positions (ViTDet, arXiv:2203.16527):
-    bias = q.Rh[row of q - row of k] + q.Rw[column of q - column of k]."""
+    bias = q . Rh[row of q - row of k] + q . Rw[column of q - column of k]."""
 
     def __init__(self, width, heads, n):
         super().__init__()
@@ -133,12 +134,12 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                               # (B, heads, n * n, d) each
         position = torch.arange(n, device=x.device)
         offset = position[:, None] - position + n - 1                      # (n, n), 0 to 2n - 2
-        grid = q.unflatten(2, (n, n))
-        row_bias = torch.einsum("bhyxd,ykd->bhyxk", grid, self.rel_pos_h[offset])
+        grid = q.unflatten(2, (n, n))                                      # (B, heads, n, n, d)
+        row_bias = torch.einsum("bhyxd,ykd->bhyxk", grid, self.rel_pos_h[offset])    # k: row of the key
         column_bias = torch.einsum("bhyxd,xkd->bhyxk", grid, self.rel_pos_w[offset])
-        # On a CPU without matrix units for this type (AMX, bf16 only) large grids are faster by rows.
-        matrix_units = x.is_cuda or (q.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
-        attention = attend if matrix_units or n < LARGE_GRID else attend_by_rows
+        # `attend` costs more products. That pays, but on large grids on CPUs without fast ones (AMX).
+        fast_products = x.is_cuda or (q.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
+        attention = attend if fast_products or n < LARGE_GRID else attend_by_rows
         x = attention(q, k, v, row_bias, column_bias)
         return self.proj(x.transpose(1, 2).reshape(B, n, n, D))
 
@@ -203,7 +204,7 @@ class ImageEncoder(nn.Module):
 
 # ---------------------------------------------------------------------------------------- prompt encoder
 class PositionalEncoding(nn.Module):
-    """Random Fourier features of (x, y) in [0, 1]^2, of image, points or boxes: (..., 2) -> (..., C)."""
+    """Random Fourier features of positions (x, y) in [0, 1]^2: (..., 2) -> (..., C)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -239,10 +240,10 @@ class PromptEncoder(nn.Module):
         self.point_embed = nn.ModuleList([nn.Embedding(1, C) for _ in range(4)])
 
     def forward(self, points=None, labels=None, boxes=None, masks=None, positional_encoding=None):
-        """RSRefSeg passes masks alone: (N, 1, 4e, 4e) logits. Points (N, P, 2) are x, y in pixels of the
-        encoder's input, with labels (N, P): 1 foreground, 0 background, -1 padding, so that images may
-        have different numbers of points. Boxes (N, 4) are x1, y1, x2, y2. Both need
-        positional_encoding, SAM.shared_image_embedding.
+        """RSRefSeg passes masks alone, (N, 1, 4e, 4e) logits, and uses only the last four lines; points
+        and boxes are for SAM alone. Points (N, P, 2) are x, y in pixels of the encoder's input, with
+        labels (N, P): 1 foreground, 0 background, -1 padding, so that images may have different numbers
+        of points. Boxes (N, 4) are x1, y1, x2, y2. Both need SAM.shared_image_embedding.
         -> sparse (N, M, C) or None, M = P + 1 for points, 2 for a box, P + 2 for both; dense (N, C, e,
         e), or (1, C, e, e) without masks."""
         background, foreground, *corners = [embed.weight for embed in self.point_embed]
@@ -257,7 +258,7 @@ class PromptEncoder(nn.Module):
             pos = positional_encoding((points + 0.5) / self.image_size)     # + 0.5: the pixel's centre
             pos = torch.where((labels == -1)[..., None], 0.0, pos)
             by_label = torch.cat([self.not_a_point_embed.weight, background, foreground])   # -1, 0, 1
-            sparse.append(pos + by_label[labels + 1])                                     # (N, P, C)
+            sparse.append(pos + by_label[labels + 1])                            # (N, P or P + 1, C)
         if boxes is not None:
             pos = positional_encoding((boxes.unflatten(-1, (2, 2)) + 0.5) / self.image_size)
             sparse.append(pos + torch.cat(corners))                                       # (N, 2, C)
@@ -396,15 +397,14 @@ class SAM(nn.Module):
         if images.shape[-2:] != (side, side) or not images.is_floating_point():
             raise ValueError(f"images are {tuple(images.shape[-2:])} {images.dtype}: resize images to "
                              f"{side} x {side}, and divide integers by 255.")
-        # By channel: tensors of mean and std would have to be copied to a GPU, which then waits.
+        # By channel, with plain numbers: the mean as a tensor would have to be copied to the GPU.
         channels = [(images[:, c] - PIXEL_MEAN[c]) / PIXEL_STD[c] for c in range(3)]
         return self.vision_encoder(torch.stack(channels, 1))
 
     def decode(self, features, sparse, dense, multimask=True):
         """Features of B images and prompts for N masks; other shapes as in MaskDecoder.forward."""
         N = len(dense) if sparse is None else len(sparse)
-        # Without any prompt N is 1: the dense prompt of no mask is then broadcast over the images.
-        if N > 1:
+        if sparse is not None or N > 1:        # else no prompt: one dense row is broadcast over images
             if N % len(features):
                 raise ValueError(f"{N} prompts for {len(features)} images: give k for each image.")
             features = features.repeat_interleave(N // len(features), 0)
@@ -412,46 +412,32 @@ class SAM(nn.Module):
         return self.mask_decoder(features, features_pos, sparse, dense, multimask)
 
     def forward(self, images, points=None, labels=None, boxes=None, masks=None, multimask=True):
-        """images, and prompts as in PromptEncoder.forward -> masks (N, 3 or 1, 4e, 4e) logits, iou. For
-        use alone: RSRefSeg calls the parts, and its only prompts are masks and its own sparse ones."""
+        """images, and prompts as in PromptEncoder.forward -> masks (N, 3 or 1, 4e, 4e) logits, iou. Not
+        used by RSRefSeg, which calls encode_image and decode itself."""
         sparse, dense = self.prompt_encoder(points, labels, boxes, masks, self.shared_image_embedding)
         return self.decode(self.encode_image(images), sparse, dense, multimask)
 
+# ----------------------------------------------------------------------------------------------- weights
 def read_state(path):
     """Returns the tensors (and plain data) in a file of safetensors or torch.save, by name, and the
     metadata of the former. Raises ValueError."""
     try:
         with open(path, "rb") as file:
-            is_safetensors = file.read(9)[8:] == b"{"          # a length, then a header in JSON
+            is_safetensors = file.read(9)[8:] == b"{"          # 8 bytes of a length, then JSON
         if is_safetensors:
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         return dict(torch.load(path, "cpu", weights_only=True).items()), {}
-    # Each format has its errors; AttributeError: what was saved is no dict.
+    # A damaged safetensors file, zip file or pickle; AttributeError: no dict was saved.
     except (SafetensorError, RuntimeError, EOFError, AttributeError, LookupError,
             pickle.UnpicklingError) as error:
-        # PyTorch's message names an object that is no tensor: reading one can run any code.
+        # weights_only refuses any object but tensors and plain data, and PyTorch's message names it.
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if foreign:
             raise ValueError(f"{path} holds {foreign[1]} beside its tensors. If you trust it: torch.save"
                              "(torch.load(path, weights_only=False)['state_dict'], new_path); in a file "
                              "of DeepSpeed the key is 'module'.") from error
         raise ValueError(f"{path} is damaged or no dict of tensors: replace it.") from error
-
-META_NAMES = (   # regular expression for names in Meta's sam_vit_*.pth -> our name, in this order
-    (r"^image_encoder\.blocks", "image_encoder.layers"), (r"^image_encoder", "vision_encoder"),
-    (r"patch_embed\.proj\.", "patch_embed.projection."), (r"\.norm", ".layer_norm"),
-    (r"neck\.0", "neck.conv1"), (r"neck\.1", "neck.layer_norm1"),
-    (r"neck\.2", "neck.conv2"), (r"neck\.3", "neck.layer_norm2"),
-    (r"prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix",
-     "shared_image_embedding.positional_embedding"),
-    (r"mask_downscaling\.0", "mask_embed.conv1"), (r"mask_downscaling\.1", "mask_embed.layer_norm1"),
-    (r"mask_downscaling\.3", "mask_embed.conv2"), (r"mask_downscaling\.4", "mask_embed.layer_norm2"),
-    (r"mask_downscaling\.6", "mask_embed.conv3"), (r"output_upscaling\.0", "upscale_conv1"),
-    (r"output_upscaling\.1", "upscale_layer_norm"), (r"output_upscaling\.3", "upscale_conv2"),
-    (r"(mlps\.\d|head)\.layers\.0", r"\1.proj_in"), (r"(mlps\.\d|head)\.layers\.1", r"\1.layers.0"),
-    (r"(mlps\.\d|head)\.layers\.2", r"\1.proj_out"), (r"point_embeddings", "point_embed"),
-)
 
 def load_weights(model, path):
     """Load a file of Hugging Face or Meta into a SAM, which may be on the meta device. Raises ValueError
@@ -467,3 +453,18 @@ def load_weights(model, path):
     except RuntimeError as error:
         text = textwrap.shorten(str(error), 1000, placeholder=" ...")
         raise ValueError(f"{path} does not hold this SAM: {text}") from error
+
+# For Meta's own files, sam_vit_*.pth: parts of their names -> ours, replaced in this order. Skip it.
+META_NAMES = (
+    (r"^image_encoder\.blocks", "image_encoder.layers"), (r"^image_encoder", "vision_encoder"),
+    (r"patch_embed\.proj\.", "patch_embed.projection."), (r"\.norm", ".layer_norm"),
+    (r"neck\.0", "neck.conv1"), (r"neck\.1", "neck.layer_norm1"),
+    (r"neck\.2", "neck.conv2"), (r"neck\.3", "neck.layer_norm2"),
+    (r"prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix",
+     "shared_image_embedding.positional_embedding"),
+    (r"mask_downscaling\.0", "mask_embed.conv1"), (r"mask_downscaling\.1", "mask_embed.layer_norm1"),
+    (r"mask_downscaling\.3", "mask_embed.conv2"), (r"mask_downscaling\.4", "mask_embed.layer_norm2"),
+    (r"mask_downscaling\.6", "mask_embed.conv3"), (r"output_upscaling\.0", "upscale_conv1"),
+    (r"output_upscaling\.1", "upscale_layer_norm"), (r"output_upscaling\.3", "upscale_conv2"),
+    (r"(mlps\.\d|head)\.layers\.0", r"\1.proj_in"), (r"(mlps\.\d|head)\.layers\.1", r"\1.layers.0"),
+    (r"(mlps\.\d|head)\.layers\.2", r"\1.proj_out"), (r"point_embeddings", "point_embed"))

@@ -4,6 +4,7 @@ Checked against transformers' SiglipModel. Modules are named as there, so its we
 vision tower's pooling head (segmentation needs a feature map) and the contrastive loss. Needs torch and
 safetensors.
 
+    tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json")
     tokens, sentence = SigLIP("so400m").encode_text(*tokenize(tokenizer, ["the ship", "a red car"]))
 
 B images, N phrases, L text tokens (EOS included), D width, g patches per side, P = g * g, H W pixels.
@@ -43,7 +44,7 @@ CONFIGS = {
 }
 
 class Attention(nn.Module):
-    """Multi-head self-attention. q, k and v are three Linears, because LoRA adapts each one."""
+    """Multi-head self-attention. q, k and v are three Linears, as in the published weights."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -96,14 +97,15 @@ class Encoder(nn.Module):
         return x
 
 def sincos_position_embedding(g, width):
-    """Returns (g * g, width), a quarter each: sine and cosine of the row, sine and cosine of the column,
-    at amplitude 1/2 and width / 4 frequencies from 1/4 to g/4 periods per side. Only for tiny, which
-    learns faster from them than from noise; the weights of so400m replace them."""
+    """Returns (g * g, width): sines and cosines of a patch's row, then of its column, divided by 2. Only
+    for tiny: random numbers, which so400m's weights replace in any case, would make it learn slower."""
     position = (torch.arange(g) + 0.5) / g
-    periods = 2 ** torch.linspace(-2, math.log2(g / 4), width // 4)
-    angles = 2 * torch.pi * position[:, None] * periods                        # (g, width / 4)
+    frequencies = 2 ** torch.linspace(-2, math.log2(g / 4), width // 4)        # 1/4 to g/4 per image
+    angles = 2 * torch.pi * position[:, None] * frequencies                    # (g, width / 4)
     axis = torch.cat([angles.sin(), angles.cos()], 1) / 2                      # (g, width / 2)
-    return torch.cat([axis.repeat_interleave(g, 0), axis.repeat(g, 1)], 1)     # row, column
+    rows = axis.repeat_interleave(g, 0)                                        # 0 0 1 1, if g were 2
+    columns = axis.repeat(g, 1)                                                # 0 1 0 1
+    return torch.cat([rows, columns], 1)
 
 class VisionEmbeddings(nn.Module):
     def __init__(self, config):
@@ -185,8 +187,8 @@ class SigLIP(nn.Module):
     def encode_text(self, ids, mask):
         """ids (N, L) and mask (N, L), True on tokens and False on padding, both from `tokenize`
         -> tokens T (N, L, D), sentence s (N, D): T at each phrase's EOS, through the head. SigLIP was
-        trained on phrases padded to 64 tokens, without a mask, and read at the 64th. RSRefSeg reads the
-        EOS, as its released code does; padding only fills a batch, and is masked."""
+        trained on phrases padded to 64 tokens, without a mask, and read at the 64th. RSRefSeg does not
+        pad to 64 and reads at the EOS, as its released code does; LoRA adapts the tower to that."""
         return self.text_model(ids, mask)
 
 def canonical(phrase):
@@ -200,7 +202,7 @@ def tokenize(tokenizer, phrases):
     tokenizer.no_truncation()
     rows = []
     for phrase in phrases:
-        ids = [i for i in tokenizer.encode(canonical(phrase)).ids if i != EOS]
+        ids = [i for i in tokenizer.encode(canonical(phrase)).ids if i != EOS]     # EOS comes last
         rows.append(torch.tensor(ids[:MAX_TOKENS - 1] + [EOS]))
     lengths = torch.tensor([len(row) for row in rows])
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=EOS)

@@ -468,7 +468,7 @@ except rsrefseg.InputError as error:
     server.shutdown()
     server.server_close()
     assert found in run("-c", program, "user/name")
-    refused = "refused: user/other is no file .*best.safetensors.*HF_ENDPOINT.*Connect.* True"
+    refused = "refused: user/other is no file.*best.safetensors.*HF_ENDPOINT.*Connect.* True"
     assert re.search(refused, run("-c", program, "user/other"))
 
 TOP = dict(size=[40, 60], counts=[0, 3, 2397])                    # the first three pixels of column 0
@@ -535,6 +535,10 @@ def test_images_and_masks_of_every_mode(tmp_path):
         (tmp_path / name).write_bytes(content)
         rejects(message, data.read_image, tmp_path / name)
     assert [path.name for path in data.image_files(tmp_path)] == ["e.JPG", "x.png", "x.tif"]
+    Image.effect_noise((64, 64), 90).save(tmp_path / "x.tif", compression="tiff_lzw")
+    damaged = (tmp_path / "x.tif").read_bytes()
+    (tmp_path / "x.tif").write_bytes(damaged[:2000] + bytes(40) + damaged[2040:])
+    rejects("decoder error", data.read_image, tmp_path / "x.tif")
     rejects("No such file", data.read_image, tmp_path / "absent.png")
 
 @pytest.mark.parametrize("values, border, colour", [
@@ -672,10 +676,10 @@ def test_lists_of_rrsisd(toy, tmp_path):
     write_lists(tmp_path, rows, instances)
     _, refs, problems = data.read_refs(tmp_path)
     assert [(ref.ref_id, ref.category) for ref in refs] == [(0, "ship"), (0, "ship"), (1, "-")]
-    assert (refs[1].phrase, problems) == ("a second", ["refs(unc).p row 1: the phrase '?' is empty"])
+    assert (refs[1].phrase, problems) == ("a second", ["refs(unc).p row 1: the phrase '?' has no words"])
     del instances["annotations"][1]["segmentation"]
     write_lists(tmp_path, rows, instances)
-    assert "row 2: ann_id 101 has no segmentation" in data.read_refs(tmp_path)[2][1]
+    assert "row 2: the object has no segmentation" in data.read_refs(tmp_path)[2][1]
     for file, content, message in (
             ("instances.json", b"{", "fetch it again"), ("instances.json", b"{}", "fetch it again"),
             ("refs(unc).p", b"\x80", "fetch it again"),
@@ -695,7 +699,7 @@ def write_own(root, rows):
 @pytest.mark.parametrize("row, message", [
     (dict(image="a.png", mask="a.png", split="val"), "no field 'phrase'"),
     (dict(image="a.png", phrase="a ship", split="val"), "no field 'mask'"),
-    (dict(GOOD, split="valid"), "split 'valid' is not"), (dict(GOOD, phrase=" _?"), "phrase ' _.' is"),
+    (dict(GOOD, split="valid"), "split 'valid' is not"), (dict(GOOD, phrase=" _?"), "phrase ' _.' has no words"),
     (dict(GOOD, phrase=None), "phrase None"), ("{'a': 1}", "JSON"), ("[1]", "list")])
 def test_bad_lines_are_named(tmp_path, capsys, row, message):
     write_own(tmp_path, [GOOD, "", row, GOOD, row, *OTHERS])
@@ -727,8 +731,8 @@ def test_check_lists_every_defect(toy, tmp_path, capsys):
     Image.open(images / "00003.jpg").resize((256, 257)).save(images / "00003.jpg")
     rejects("fail: 9 bad rows, no val rows, no test rows", call, data.main, "check", tmp_path)
     printed = capsys.readouterr().out
-    found = re.findall(r"error: train, ref_id (\d+), .*(run lengths do|truncated|No such)", printed)
-    assert found == [("1", "run lengths do"), *[(str(i), "truncated") for i in range(4, 8)],
+    found = re.findall(r"error: train, ref_id (\d+), .*(run lengths are|truncated|No such)", printed)
+    assert found == [("1", "run lengths are"), *[(str(i), "truncated") for i in range(4, 8)],
                      *[(str(i), "No such") for i in range(8, 12)]]
     found = re.findall(r"warning: the mask (.*), (\d+) rows: train, ref_id (\d+),", printed)
     assert found == [("is empty", "1", "2"), ("covers everything", "1", "3"),
@@ -739,7 +743,7 @@ def test_check_lists_every_defect(toy, tmp_path, capsys):
     printed = capsys.readouterr().out
     for text in ("the mask has more than two values, 2 rows: val, ref_id phrases:13, a.png; test",
                  "the mask covers everything, 2 rows: val",
-                 "another split has this image and phrase, 14 rows: train"):
+                 "another split has the same row, 14 rows: train"):
         assert text in printed
 
 def test_download(toy, tmp_path, monkeypatch, capsys):
@@ -751,7 +755,7 @@ def test_download(toy, tmp_path, monkeypatch, capsys):
     call(data.main, "download", "rrsisd", tmp_path / "data")
     assert "Published: train 12,181" in capsys.readouterr().out
     client.side_effect = RuntimeError("no network\nat all")
-    rejects(f"HF_ENDPOINT.*{tmp_path}.*data.py.*no network at all", data.download, tmp_path)
+    rejects(f"{tmp_path}, see data.py.*HF_ENDPOINT.*: no network at all", data.download, tmp_path)
 
 def test_bad_input_ends_in_one_line(tmp_path, monkeypatch):
     """Also in a process that reads images; a mistake in the code keeps its traceback."""
@@ -931,11 +935,9 @@ class Assembly(nn.Module):
             peft.inject_adapter_in_model(adapter, self.get_submodule(part))
         D = self.siglip.config.vision_config.hidden_size
         C = sam.CONFIGS[size].prompt_width
-
         def block(*shape):
             conv = nn.Conv2d(*shape, bias=False)
             return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(C), gelu=nn.GELU()))
-
         self.prompter = nn.ModuleDict(dict(
             channel=block(3 * D, C, 1), project=nn.Conv2d(C, C, 1),
             spatial=nn.Sequential(block(C, C, 3, 2, 1), block(C, C, 3, 2, 1))))

@@ -7,7 +7,7 @@
 Writes into --out: best.safetensors (by gIoU on val) and last.safetensors, which hold what is trained,
 resume.pt, log.jsonl, and a picture of five samples per validation. The order of samples follows from
 (seed, epoch), dropout from (seed, step, rank): a resumed run ends with the same weights, bit for bit on
-a CPU in fp32 with as many processes.
+a CPU in fp32 with the same number of processes.
 """
 import argparse
 import math
@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import FORMATS, InputError, RefSegDataset, collate, exit_with_parent, named
+from data import FORMATS, InputError, RefSegDataset, collate, error_context, exit_with_parent
 from data import rank_and_world_size, run, toy_tokenizer, write_toy
 from evaluate import evaluate, log, metrics, picture_sheet
 from lora import trainable_state_dict
@@ -36,8 +36,8 @@ from sam import CONFIGS, read_state
 TINY = dict(data=Path("data", "toy"), lora_rank=0, epochs=5, batch_size=8, total_batch=8,
             phrases_per_image=4, lr=1e-3, warmup_epochs=0.25, clip=1.0, map_loss=1.0, workers=0)
 
-MAY_CHANGE = ("data", "format", "out", "siglip", "sam_weights", "init", "resume", "device",
-              "checkpoint_activations", "workers", "save_every")       # when a run is resumed
+MAY_CHANGE_ON_RESUME = ("data", "format", "out", "siglip", "sam_weights", "init", "resume", "device",
+                        "checkpoint_activations", "workers", "save_every")
 
 def parse_args(argv=None):
     """Returns the arguments. --sam is parsed first: it decides the defaults, the paper's or TINY."""
@@ -97,7 +97,7 @@ def learning_rate(step, steps_per_epoch, args):
     return args.lr * (0.001 + 0.999 * cosine)
 
 def fit_batch(args, items, world_size):
-    """Returns the steps per epoch. Lowers --total-batch if the train split has fewer items."""
+    """Returns the steps per epoch. Lowers total_batch if there are fewer items, images with phrases."""
     if args.total_batch > items >= world_size:
         args.batch_size = min(args.batch_size, items // world_size)
         args.total_batch = items - items % (args.batch_size * world_size)
@@ -111,7 +111,7 @@ def batches(dataset, args, step, steps_per_epoch):
     """Yields this process's training batches from optimizer step `step` on, without end. Each epoch is
     shuffled anew by (seed, epoch); the items that fill no whole step are left out."""
     rank, world_size = rank_and_world_size()
-    if args.sam == "tiny":               # in memory, without the full-size masks that only scoring needs
+    if args.sam == "tiny":     # in memory, without `originals`, full-size masks that only scoring needs
         dataset = [dict(item, originals=[]) for item in tqdm(dataset, "reading", disable=rank > 0)]
     while True:
         epoch, done = divmod(step, steps_per_epoch)
@@ -119,10 +119,11 @@ def batches(dataset, args, step, steps_per_epoch):
         order = torch.randperm(len(dataset), generator=generator)
         order = order[done * args.total_batch:steps_per_epoch * args.total_batch]
         order = order.view(-1, world_size, args.batch_size)        # (micro-batches, processes, images)
+        own = order[:, rank].flatten().tolist()                    # the images of this process
         # A separate generator: the loader must not advance the random numbers that dropout uses.
-        yield from DataLoader(dataset, args.batch_size, sampler=order[:, rank].flatten().tolist(),
-                              collate_fn=collate, num_workers=args.workers, generator=torch.Generator(),
-                              pin_memory=args.device == "cuda", worker_init_fn=exit_with_parent)
+        yield from DataLoader(dataset, args.batch_size, sampler=own, collate_fn=collate,
+                              num_workers=args.workers, pin_memory=args.device == "cuda",
+                              generator=torch.Generator(), worker_init_fn=exit_with_parent)
         step = (epoch + 1) * steps_per_epoch
 
 def initial_model(args):
@@ -132,7 +133,7 @@ def initial_model(args):
     settings = {name: getattr(args, name) for name in names}
     if args.init:
         model = RSRefSeg.from_checkpoint(args.init, args.siglip, args.sam_weights)
-        if model.tower_sources:               # else the towers are saved too, and bf16 would round them
+        if model.tower_sources:               # towers that checkpoints hold stay in fp32
             cast_frozen_linears(model, AMP[args.amp])
         if model.settings["sam"] != args.sam:
             raise InputError(f"{args.init} holds size {model.settings['sam']}, not --sam {args.sam}.")
@@ -158,7 +159,7 @@ def save_state(args, config, step, best, model, optimizer, scaler):
 def load_state(args, config, model, optimizer, scaler):
     """Load resume.pt, unless it is of another run. Returns the steps done and the best gIoU."""
     path = args.out / "resume.pt"
-    with named("--resume"):
+    with error_context("--resume"):
         state, _ = read_state(path)
     changed = [f"{name} was {state['config'].get(name)}, is {value}" for name, value in config.items()
                if state["config"].get(name) != value]
@@ -184,11 +185,11 @@ def training_step(step, model, ddp_model, loader, optimizer, scaler, args):
     samples = []
     for i in range(accumulate):
         batch = next(loader)
-        samples += [ref.ref_id for ref in batch["refs"]]
+        samples += [ref.ref_id for ref in batch["refs"]]                   # a ref is a phrase's row
         images = batch["images"].to(model.device, non_blocking=True)       # (B, 3, S, S) uint8
         masks = batch["masks"].to(model.device, non_blocking=True)         # (N, 1, S, S) bool
         ids, token_mask = model.tokenize([ref.phrase for ref in batch["refs"]])
-        ddp_model.require_backward_grad_sync = i == accumulate - 1     # all-reduce only at the end
+        ddp_model.require_backward_grad_sync = i == accumulate - 1     # for DDP: all-reduce at the end
         with autocast(model.device, args.amp):
             output = ddp_model(images / 255, ids, token_mask)
         loss = segmentation_loss(output.logits, masks)
@@ -201,7 +202,7 @@ def training_step(step, model, ddp_model, loader, optimizer, scaler, args):
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()   # inf: no clip
     loss = mean_loss.item()
-    # GradScaler skips a step that overflows in fp16, and halves its scale of 65,536: 26 times at most.
+    # In fp16, GradScaler skips a step that overflows, and halves its scale. At 1e-3 that is no cure.
     overflow_allowed = scaler.is_enabled() and scaler.get_scale() > 1e-3
     if not math.isfinite(loss) or (not math.isfinite(norm) and not overflow_allowed):
         raise InputError(f"step {step}: loss {loss}, gradient {norm}, samples {samples}; resume.pt is "
@@ -268,15 +269,14 @@ def train(args):
     if world_size > 1 and args.device == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(args.device, memory_format=torch.channels_last)           # faster convolutions
-    ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
+    ddp_model = DistributedDataParallel(model) if world_size > 1 else model
     parameters = [p for p in model.parameters() if p.requires_grad]
-    total = sum(p.numel() for p in model.parameters())
-    print(f"{sum(p.numel() for p in parameters):,} of {total:,} parameters train")
+    print(f"{sum(p.numel() for p in parameters):,} parameters are trained")
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
     args.out.mkdir(parents=True, exist_ok=True)
     config = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()
-              if name not in MAY_CHANGE}
+              if name not in MAY_CHANGE_ON_RESUME}
     config.update(model.settings, towers_saved=not model.tower_sources, training_items=len(train_set))
     first_step = 0
     best = -1.0                                                        # gIoU on val
@@ -310,14 +310,14 @@ def train(args):
             log(args.out, "train", done, record)
             losses = []
         if done == total_steps or done % (args.val_every * steps_per_epoch) == 0:
-            if optimizer.state[parameters[0]]["step"] == 0:            # it does not count skipped steps
+            if optimizer.state[parameters[0]]["step"] == 0:            # skipped steps do not count
                 raise InputError("no step was made: each gradient overflowed in fp16. Try --amp bf16.")
             best = validate(model, val_set, done, best, args)
             save_state(args, config, done, best, model, optimizer, scaler)
         elif done % args.save_every == 0:
             save_state(args, config, done, best, model, optimizer, scaler)
-        if not losses:
-            start = time.perf_counter()                    # after a record; leaves out the validation
+        if not losses:                                                 # just logged
+            start = time.perf_counter()                                # after the validation
 
     # The final score, with the best checkpoint
     if world_size > 1:
