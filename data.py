@@ -2,12 +2,12 @@
 
     RRSIS-D     rrsisd/refs(unc).p, rrsisd/instances.json, images/rrsisd/JPEGImages/*.jpg
     RefSegRS    output_phrase_{train,val,test}.txt of "<id> <phrase>", images/<id>.tif, masks/<id>.tif
-    RISBench    img_rgb/*.png with output_phrase_{split}.txt and mask/*.png, or with *.jsonl of
-                {split, file_name, sent, segmentation}
-    own         phrases.jsonl of {image, mask, phrase, split}, images/, masks/ (foreground is above 0)
+    RISBench    img_rgb/*.png with either output_phrase_{train,val,test}.txt and mask/*.png, or *.jsonl,
+                whose lines have file_name, sent, split, segmentation and perhaps category_name
+    own         images/, masks/ (foreground is above 0), and phrases.jsonl, whose lines have image, mask,
+                phrase, split and perhaps category
 
-`python data.py toy DIR` draws a small set in the format `own`.
-Shapes: B images, k phrases per image, N = B k, S side of the model's input, H W an image's size.
+B items, each an image with k of its phrases, N = B k, S side of the model's input, H W an image's size.
 """
 import argparse
 import ctypes
@@ -33,12 +33,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 Image.MAX_IMAGE_PIXELS = None  # satellite scenes exceed Pillow's limit of 179 million pixels
-IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")  # EPS runs Ghostscript
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".jp2")
+IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")  # no EPS: Ghostscript
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".jp2")  # for image_files
 
 SPLITS = ("train", "val", "test")
 # One row: a phrase and the mask of what it names. image is a Path; mask is a Path or, as in COCO, a dict
-# or list. Where the data have no ids, ref_id is "file:line"; where they have no categories, "-".
+# or list. Where the data have no ids, ref_id is "file:line"; where they have no category, it is "-".
 Ref = namedtuple("Ref", "ref_id split image phrase category mask")
 
 class InputError(ValueError):
@@ -47,13 +47,13 @@ class InputError(ValueError):
 @contextmanager
 def error_context(place, problems=None):
     """Turn an error inside a `with` into an InputError that names the place. Given `problems`, a list,
-    append the text to it instead and go on."""
+    append the text to it instead and go on after the `with`."""
     try:
         yield
     except Exception as error:  # damaged files cause errors of many classes
         kind = "" if type(error) in (InputError, ValueError) else f"{type(error).__name__}: "
         text = f"{place}: {kind}{textwrap.shorten(str(error), 1000)}"
-        text = text.replace("KeyError: ", "no field ")  # str(KeyError("sent")) is only 'sent'
+        text = text.replace("KeyError: ", "no field ")  # KeyError: 'sent' -> no field 'sent'
         if problems is None:
             raise InputError(f"{text.rstrip('.')}. Correct it or fetch it again.") from error
         problems.append(text)
@@ -68,30 +68,30 @@ def is_16_bit_colour(image):
     if image.format == "JPEG2000" and image.fp:
         image.fp.seek(0)  # to load it, Pillow seeks again
         header = image.fp.read(65536).partition(b"\xff\x4f\xff\x51")[2]  # after the markers SOC, SIZ
-        return len(header) > 38 and (header[38] & 127) > 7  # its field Ssiz: a sign bit, 7 of bits - 1
-    layouts = [tile[3] for tile in getattr(image, "tile", [])]  # raw mode, or (mode, maximum) of a PPM
+        return len(header) > 38 and (header[38] & 127) > 7  # Ssiz: one bit for signed, 7 for depth - 1
+    layouts = [tile[3] for tile in getattr(image, "tile", [])]  # PNG: raw mode; PPM: (mode, maximum)
     return any(layout in ("LA;16B", "RGB;16B", "RGBA;16B", ("RGB", 65535)) for layout in layouts)
 
 def upright(image):
-    """PIL image -> a copy, turned as its EXIF orientation says, as every viewer shows it. That of a TIFF
-    is ignored, as in GDAL. Raises InputError for colour of 16 bits."""
-    if is_16_bit_colour(image):  # Pillow keeps the high byte: nearly black if the sensor has 12 bits
+    """PIL image -> a copy, turned by its EXIF orientation, as viewers do. A TIFF's orientation is
+    ignored, as in GDAL. Raises InputError for colour of 16 bits."""
+    if is_16_bit_colour(image):  # Pillow keeps only the high byte: at most 15 if a sensor has 12 bits
         raise InputError("colour of 16 bits is not supported: gdal_translate -ot Byte -scale IN OUT.tif")
     if image.format == "TIFF":
-        image.getexif()[274] = 1  # no orientation, else Pillow would turn the pixels on loading
-    image.load()  # here, so that the next line hides no damaged pixels
+        image.getexif()[274] = 1  # orientation: upright, else Pillow turns the pixels on loading
+    image.load()  # here, because `suppress` would hide damaged pixels
     with suppress(Exception):  # damaged EXIF raises errors of many classes; viewers ignore it
         return ImageOps.exif_transpose(image)
     return image.copy()
 
 def stretch(values):
-    """Grey (H, W) float32 -> uint8: 0 up to its 2nd percentile, 255 from its 98th. A lowest or highest
-    value that over 2 % of the pixels have is "no data" or saturation, and does not count."""
-    finite = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
+    """Grey (H, W) float32 -> uint8: 0 up to its 2nd percentile, 255 from its 98th. A minimum or maximum
+    that over 2 % of the pixels have, "no data" or saturation, is left out of the percentiles."""
+    finite = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)  # all NaN: black
     ends = [end for end in (finite.min(), finite.max()) if (finite == end).mean() > 0.02]
     inner = finite[~np.isin(finite, ends)]
     low, high = np.percentile(inner, (2, 98)) if inner.size else (0, 0)
-    if low == high:  # no range is left, as at night or in radar: take the full one
+    if low == high:  # nearly all pixels are equal, as at night: from the minimum to the maximum
         low, high = finite.min(), finite.max()
     values = np.clip((values - low) * (255 / max(high - low, 1e-9)), 0, 255)
     return np.nan_to_num(values).round().astype(np.uint8)  # NaN is black
@@ -117,14 +117,14 @@ def read_image(path, convert=to_rgb):
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return convert(image)
     except UnidentifiedImageError as error:
-        raise InputError(f"{error}. Pillow reads TIFFs of one band of up to 32 bits, or up to four of 8 "
-                         "bits with RGB. Convert others: gdal_translate -b 1 -b 2 -b 3 -ot Byte -scale "
-                         f"-co PHOTOMETRIC=RGB {path} OUT.tif") from error
+        raise InputError(f"{error}. Fetch it again, or, if it is a TIFF with other than one band up to "
+                         "32 bits, or RGB with up to four of 8 bits: gdal_translate -b 1 -b 2 -b 3 "
+                         f"-ot Byte -scale -co PHOTOMETRIC=RGB {path} OUT.tif") from error
     except Exception as error:  # each decoder raises its own classes
         raise InputError(f"image {path}: {error}. Fetch or convert it again.") from error
 
 def image_files(folder):
-    """Return a folder's images, sorted paths, without hidden files, as macOS writes beside others."""
+    """Return the sorted paths of a folder's images, without hidden files such as macOS's ._* files."""
     return [path for path in sorted(Path(folder).iterdir())
             if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
 
@@ -133,7 +133,7 @@ def image_tensor(image, side):
     return torch.from_numpy(np.array(image.resize((side, side), Image.BILINEAR))).permute(2, 0, 1)
 
 def tile_starts(length, tile):
-    """Return where windows of size `tile` start along a side of `length`. They overlap by about half."""
+    """Return the starts of windows of size `tile` along `length` >= tile. They overlap by over half."""
     steps = math.ceil(2 * (length - tile) / tile)
     return np.linspace(0, length - tile, steps + 1).round().astype(int).tolist()
 
@@ -142,8 +142,8 @@ def resize_mask(mask, height, width):
     return np.array(Image.fromarray(mask).resize((width, height), Image.NEAREST))
 
 def parse_runs(text):
-    """COCO's run lengths as a string -> list of ints. Each character less 48 holds 6 bits: five of a
-    number, the lowest first, and one that is set if the number goes on in the next character."""
+    """COCO's run lengths as a string -> list of ints. A number is cut into groups of 5 bits, the lowest
+    first. Each is a character: 48 + the group, + 32 if another one follows."""
     runs = []
     value = shift = 0
     for character in text:
@@ -153,7 +153,7 @@ def parse_runs(text):
         if bits & 32 == 0:  # the number is complete
             if bits & 16:  # its highest bit is set: negative, in two's complement
                 value -= 1 << shift
-            if len(runs) > 2:  # the fourth and later ones are stored less the run two before
+            if len(runs) > 2:  # from the fourth run on, the difference to the run two before is stored
                 value += runs[-2]
             runs.append(value)
             value = shift = 0
@@ -164,7 +164,7 @@ def decode_segmentation(segmentation):
     alternate, column by column. A list of such parts -> their union. Raises InputError."""
     if isinstance(segmentation, list) and isinstance(segmentation[0], (dict, list)):
         return np.any([decode_segmentation(part) for part in segmentation], 0)
-    if not isinstance(segmentation, dict):  # numbers, the corners of a polygon
+    if not isinstance(segmentation, dict):  # a polygon's list of numbers, also as a part
         raise InputError("polygons are not supported, only run lengths (pycocotools: annToRLE)")
     height, width = segmentation["size"]
     runs = segmentation["counts"]
@@ -178,7 +178,7 @@ def read_mask(ref):
     """Return the stored mask of a row, (H, W) bool. Raises InputError."""
     if isinstance(ref.mask, Path):
         return read_image(ref.mask, binarize)
-    with error_context(f"mask of ref_id {ref.ref_id} ({ref.image.name}), COCO's segmentation"):
+    with error_context(f"mask of ref_id {ref.ref_id} ({ref.image.name})"):
         return decode_segmentation(ref.mask)
 
 # -------------------------------------------------------------------------------------------- data sets
@@ -190,24 +190,24 @@ def make_ref(ref_id, split, image, phrase, category, mask):
         raise InputError(f"the phrase {phrase!r} has no words")
     if not mask:
         raise InputError("the object has no segmentation")
-    category = "-" if str(category) in ("", "None", "nan") else str(category)
+    category = "-" if str(category) in ("", "None", "nan") else str(category)  # null and NaN of JSON
     return Ref(ref_id, split, image, phrase.strip(), category, mask)
 
 def read_lines(path):
-    """Yield (place, ref_id, line) of the lines that are not blank; errors name the place."""
+    """Yield (place, ref_id, line) for each line that is not blank; `place` is for error messages."""
     with error_context(path):
         lines = path.read_text("utf-8-sig").split("\n")  # splitlines also splits at U+2028
     for i, line in enumerate(lines, 1):
         if line.strip():
             yield f"{path.name} line {i}", f"{path.stem}:{i}", line.strip()
 
-# These readers yield the Refs of a data set, and append to `problems` what is wrong with a bad row.
+# These readers yield the Refs of a data set. A bad row is skipped, and described in `problems`.
 def read_refsegrs(root, problems, images="images", masks="masks", suffix=".tif"):
     for split in SPLITS:
         for place, ref_id, line in read_lines(root / f"output_phrase_{split}.txt"):
             with error_context(place, problems):
                 name, _, phrase = line.partition(" ")
-                file = name.removesuffix(suffix) + suffix
+                file = name.removesuffix(suffix) + suffix  # some ids have it
                 yield make_ref(ref_id, split, root / images / file, phrase, "-", root / masks / file)
 
 def read_risbench(root, problems):
@@ -229,7 +229,7 @@ def read_own(root, problems):
                            row.get("category"), root / f"masks/{row['mask']}")
 
 class PlainUnpickler(pickle.Unpickler):
-    """Loads plain data. A pickle that names a class or a function could run any code."""
+    """Loads plain data. It refuses classes and functions, by which a pickle could run any code."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"the pickle would call {module}.{name}")
@@ -244,13 +244,13 @@ def read_rrsisd(root, problems):
         masks = {row["id"]: row.get("segmentation") for row in instances["annotations"]}
     for i, row in enumerate(rows, 1):
         with error_context(f"refs(unc).p row {i}", problems):
-            mask = masks.get(row["ann_id"])
             image = root / f"images/rrsisd/JPEGImages/{row['file_name']}"
             category = names.get(row.get("category_id"))
-            for sentence in row["sentences"]:
+            mask = masks.get(row["ann_id"])
+            for sentence in row["sentences"]:  # a bad one is left out, and those after it
                 yield make_ref(row["ref_id"], row["split"], image, sentence["sent"], category, mask)
 
-FORMATS = {  # name -> (path that marks it, reader, published numbers of phrases), tried in this order
+FORMATS = {  # name -> (path that it is known by, reader, published numbers of phrases), in this order
     "rrsisd": ("rrsisd", read_rrsisd, "train 12,181, val 1,740, test 3,481"),
     "own": ("phrases.jsonl", read_own, "-"),
     "risbench": ("img_rgb", read_risbench, "train 26,300, val 10,013, test 16,159"),
@@ -274,10 +274,10 @@ class RefSegDataset(Dataset):
     """One split of a data set. An item is an image with k = `phrases` of its phrases, as a dict:
         image        (3, S, S) uint8
         masks        (k, 1, S, S) bool
-        originals    list of the k masks (H, W) bool at the image's size
+        originals    list of the k masks (H, W) bool, before they are resized to S
         refs         list of the k rows
-    Each image's phrases are split into items of k. The last one is filled up with the image's first
-    phrases. Raises InputError for missing files or bad rows."""
+    An image's phrases are split into items of k; its last item is filled up with its first phrases.
+    Raises InputError for missing files, and for bad rows in any split."""
 
     def __init__(self, root, split, side, phrases=1, format=None):
         self.split = split
@@ -294,8 +294,8 @@ class RefSegDataset(Dataset):
         if missing:
             raise InputError(f"{len(missing)} files of the {split} split are missing: "
                              f"{', '.join(missing[:5])}. Fetch them again or remove their rows.")
-        by_image = defaultdict(list)  # with one phrase per item: each row alone, in their order
-        for i, ref in enumerate(self.refs):
+        by_image = defaultdict(list)
+        for i, ref in enumerate(self.refs):  # for k = 1 the key is i, which keeps the order of the rows
             by_image[ref.image if phrases > 1 else i].append(ref)
         self.items = []
         for rows in by_image.values():
@@ -308,7 +308,7 @@ class RefSegDataset(Dataset):
     def __getitem__(self, index):
         refs = self.items[index]
         image = read_image(refs[0].image)
-        # To the image's size, from which two masks of RRSIS-D differ.
+        # Resized to the image, as two masks of RRSIS-D have another size.
         originals = [resize_mask(read_mask(ref), image.height, image.width) for ref in refs]
         masks = np.stack([resize_mask(mask, self.side, self.side) for mask in originals])
         return dict(image=image_tensor(image, self.side), masks=torch.from_numpy(masks)[:, None],
@@ -326,37 +326,37 @@ def check(root, format=None):
     """Open every image and mask of a data set, print its size and its defects, and write samples to
     ROOT/check.jpg. Raises InputError at the end if training would fail."""
     format, refs, errors = read_refs(root, format)
-    splits_of = defaultdict(set)  # (image, phrase) -> splits
+    splits = defaultdict(set)  # (image, phrase) -> its splits
     for ref in refs:
-        splits_of[ref.image, ref.phrase].add(ref.split)
+        splits[ref.image, ref.phrase].add(ref.split)
     warnings = defaultdict(list)  # defect -> its rows
-    cells = []
+    samples = []
     for i, ref in enumerate(tqdm(refs, f"checking {root}")):
-        row = f"{ref.split}, ref_id {ref.ref_id}, {ref.image.name}"
-        with error_context(row, errors):
+        where = f"{ref.split}, ref_id {ref.ref_id}, {ref.image.name}"
+        with error_context(where, errors):
             image = read_image(ref.image)
             mask = read_mask(ref)
             colours = []
-            if isinstance(ref.mask, Path):  # F: grey of any depth; None: more than two of them
-                colours = read_image(ref.mask, lambda image: image.convert("F").getcolors(2))
+            if isinstance(ref.mask, Path):  # F is grey of any depth; getcolors(2) is None if over 2
+                colours = read_image(ref.mask, lambda picture: picture.convert("F").getcolors(2))
             defects = {"the mask has another size than the image": mask.shape != image.size[::-1],
                        "the mask is empty": not mask.any(), "the mask covers everything": mask.all(),
                        "the mask has more than two values": colours is None,
-                       "another split has the same row": len(splits_of[ref.image, ref.phrase]) > 1}
+                       "another split has this image and phrase": len(splits[ref.image, ref.phrase]) > 1}
             for text, found in defects.items():
                 if found:
-                    warnings[text].append(row)
+                    warnings[text].append(where)
             if i % (len(refs) // 12 + 1) == 0:  # up to 12 samples
                 picture = overlay(image.resize((300, 300)), resize_mask(mask, 300, 300))
-                cells.append((f"{ref.split}: {ref.phrase}", picture))
+                samples.append((f"{ref.split}: {ref.phrase}", picture))
     counts = Counter(ref.split for ref in refs)
     print(f"{format}: {dict(counts)} phrases. Published: {FORMATS[format][2]}")
     for text in errors:
         print(f"error: {text}")
     for text, rows in warnings.items():
         print(f"warning: {text}, {len(rows)} rows:", "; ".join(rows[:10]))
-    if cells:
-        contact_sheet(cells, 4, 300).save(Path(root, "check.jpg"), quality=90)
+    if samples:
+        contact_sheet(samples, 4, 300).save(Path(root, "check.jpg"), quality=90)
         print(f"wrote {root}/check.jpg")
     problems = [f"{len(errors)} bad rows"] if errors else []  # train.py reads all splits, and stops
     problems += [f"no {split} rows" for split in SPLITS if not counts[split]]

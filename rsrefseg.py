@@ -308,8 +308,8 @@ def fetch(source, filename):
         return str(path)
     name = str(source)
     revision = dict(HUB.values()).get(name)                    # HUB's values are (name, revision)
-    with error_context(f"{name} is no file, and no {filename} of that repository was downloaded. Name "
-                       "another, or a mirror in HF_ENDPOINT; in a folder of DeepSpeed the .pt file"):
+    with error_context(f"{name} holds no {filename}, and none was downloaded (in a folder of DeepSpeed "
+                       "name its model_states.pt; HF_ENDPOINT may name a mirror)"):
         cached = try_to_load_from_cache(name, filename, revision=revision)
         if isinstance(cached, str):                            # else None or a marker
             return cached

@@ -111,9 +111,9 @@ def attend_by_rows(q, k, v, row_bias, column_bias):
     k = k.contiguous()
     v = v.contiguous()
     n = row_bias.shape[2]
-    q = q.unflatten(2, (n, n))
-    outputs = [checkpoint(attend_row, q[:, :, y], k, v, row_bias[:, :, y], column_bias[:, :, y],
-                          use_reentrant=False) for y in range(n)]
+    outputs = []
+    for q_row, r, c in zip(q.unflatten(2, (n, n)).unbind(2), row_bias.unbind(2), column_bias.unbind(2)):
+        outputs.append(checkpoint(attend_row, q_row, k, v, r, c, use_reentrant=False))
     return torch.cat(outputs, 2)
 
 class Attention(nn.Module):

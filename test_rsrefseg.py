@@ -468,7 +468,7 @@ except rsrefseg.InputError as error:
     server.shutdown()
     server.server_close()
     assert found in run("-c", program, "user/name")
-    refused = "refused: user/other is no file.*best.safetensors.*HF_ENDPOINT.*Connect.* True"
+    refused = "refused: user/other holds no best.safetensors.*HF_ENDPOINT.*Connect.* True"
     assert re.search(refused, run("-c", program, "user/other"))
 
 TOP = dict(size=[40, 60], counts=[0, 3, 2397])                    # the first three pixels of column 0
@@ -743,7 +743,7 @@ def test_check_lists_every_defect(toy, tmp_path, capsys):
     printed = capsys.readouterr().out
     for text in ("the mask has more than two values, 2 rows: val, ref_id phrases:13, a.png; test",
                  "the mask covers everything, 2 rows: val",
-                 "another split has the same row, 14 rows: train"):
+                 "another split has this image and phrase, 14 rows: train"):
         assert text in printed
 
 def test_download(toy, tmp_path, monkeypatch, capsys):
