@@ -41,14 +41,14 @@ def metrics(rows):
     return dict(result, samples=len(rows), both_empty=sum(row["union"] == 0 for row in rows))
 
 @torch.inference_mode()
-def evaluate(model, dataset, batch_size, amp="off", workers=0, masks=None):
+def evaluate(model, dataset, batch_size, amp="off", workers=0, mask_folder=None):
     """A data set with one phrase per item -> a row per item, in order: index, ref_id, image, phrase,
-    category, intersection, union, iou. Leaves the model in eval mode. `masks` is a folder that receives
-    the predicted masks. Several processes share the work, and all return all rows."""
+    category, intersection, union, iou. Leaves the model in eval mode. `mask_folder`
+    receives the predicted masks. Several processes share the work, and all return all rows."""
     model.eval()
     rank, world_size = rank_and_world_size()
     if world_size > 1:
-        for buffer in model.buffers():       # BatchNorm's statistics, which differ on CPU processes
+        for buffer in model.buffers():       # BatchNorm's statistics: a CPU has no SyncBatchNorm
             dist.broadcast(buffer, 0)
     indices = range(rank, len(dataset), world_size)
     loader = DataLoader(Subset(dataset, indices), batch_size, collate_fn=collate, num_workers=workers,
@@ -68,8 +68,8 @@ def evaluate(model, dataset, batch_size, amp="off", workers=0, masks=None):
             rows.append(dict(index=index, ref_id=ref.ref_id, image=str(ref.image), phrase=ref.phrase,
                              category=ref.category, intersection=intersection, union=union,
                              iou=iou(intersection, union)))
-            if masks:
-                Image.fromarray(mask).save(masks / f"{index:06d}.png")
+            if mask_folder:
+                Image.fromarray(mask).save(mask_folder / f"{index:06d}.png")
     if world_size > 1:
         parts = [None] * world_size
         dist.all_gather_object(parts, rows)
@@ -77,10 +77,10 @@ def evaluate(model, dataset, batch_size, amp="off", workers=0, masks=None):
     return rows
 
 def format_record(title, record):
-    """Returns one line, "title | name value | name value"."""
+    """Returns one line, "title | name value | name value". Format # keeps the last zero of 95.70."""
     parts = [title]
     for name, value in record.items():
-        parts.append(f"{name} {value:#.4g}" if isinstance(value, float) else f"{name} {value}")  # 95.70
+        parts.append(f"{name} {value:#.4g}" if isinstance(value, float) else f"{name} {value}")
     return " | ".join(parts)
 
 def log(folder, kind, step, record):

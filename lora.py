@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 class AdapterLinear(nn.Linear):
-    """Its weight stays fp32 and is used in the type of the input. Without autocast, an fp32 adapter on a
-    bf16 or fp64 layer would else raise an error; under autocast this changes nothing."""
+    """Its weight stays fp32 and is used in the type of the input. So it fits a bf16 or fp64 layer also
+    without autocast; under autocast this changes nothing."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
@@ -48,7 +48,7 @@ class LoRA(nn.Module):
         return self.base(x) + self.B(self.A(self.dropout(x))) * self.scale
 
     @property
-    def weight(self):                            # for code elsewhere that reads layer.weight
+    def weight(self):                            # for other code that reads layer.weight
         return self.base.weight
 
     @property

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 NUM_MASK_TOKENS = 4   # mask 0 answers an unambiguous prompt; 1-3 are whole, part and subpart
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
-LARGE_GRID = 32       # a CPU attends row by row to grids of this side or more (windows 14, global 64)
+LARGE_GRID = 32       # from this side on a CPU uses attend_by_rows; windows have 14, the grid 64
 
 @dataclass(frozen=True)
 class SAMConfig:
@@ -81,11 +81,11 @@ def window_unpartition(windows, H, W):
 
 def attend(q, k, v, row_bias, column_bias):
     """softmax(q.k / sqrt(d) + bias) v over an n x n grid; q, k, v and the result (B, heads, n * n, d).
-    The biases are (B, heads, row of query, column of query, row or column of key), n each of the three.
+    The biases are (B, heads, n, n, n): row and column of the query, then row or column of the key.
 
-    As an n^2 x n^2 matrix the bias of one global layer of SAM-b takes 0.4 GB per image in bf16. But it
-    is an inner product, row_bias . (one-hot code of the key's row), and likewise for columns. Attention
-    of queries (q, row_bias, column_bias) to keys (k, row code, column code) adds it by itself."""
+    As an n^2 x n^2 matrix the bias of one global layer of SAM-b takes 0.4 GB per image in bf16. But
+    plain attention on wider queries and keys adds it by itself: q.k / sqrt(d) + bias =
+    (q / sqrt(d), row_bias, column_bias) . (k, one-hot code of its row, one-hot code of its column)."""
     n = row_bias.shape[-1]
     d = q.shape[-1]
     extra = -(d + 2 * n) % 8                # zeros: fast kernels want widths that are multiples of 8
@@ -98,7 +98,7 @@ def attend(q, k, v, row_bias, column_bias):
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
 
 def attend_row(q, k, v, row_bias, column_bias):
-    """`attend` for one row of queries: q (B, heads, n, d), biases (B, heads, n, key's row or column)."""
+    """`attend` for one row: q (B, heads, n, d), k and v as there, biases (B, heads, n, n of keys)."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)                     # (B, heads, n, n * n)
     scores = scores.unflatten(3, (q.shape[2], -1))       # (B, heads, query, row of key, column of key)
     scores += row_bias[..., None]
@@ -137,7 +137,7 @@ class Attention(nn.Module):
         grid = q.unflatten(2, (n, n))                                      # (B, heads, n, n, d)
         row_bias = torch.einsum("bhyxd,ykd->bhyxk", grid, self.rel_pos_h[offset])    # k: row of the key
         column_bias = torch.einsum("bhyxd,xkd->bhyxk", grid, self.rel_pos_w[offset])
-        # `attend` costs more products. That pays, but on large grids on CPUs without fast ones (AMX).
+        # `attend` multiplies more, and is faster still, except on large grids on a CPU without AMX.
         fast_products = x.is_cuda or (q.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
         attention = attend if fast_products or n < LARGE_GRID else attend_by_rows
         x = attention(q, k, v, row_bias, column_bias)
@@ -240,10 +240,10 @@ class PromptEncoder(nn.Module):
         self.point_embed = nn.ModuleList([nn.Embedding(1, C) for _ in range(4)])
 
     def forward(self, points=None, labels=None, boxes=None, masks=None, positional_encoding=None):
-        """RSRefSeg passes masks alone, (N, 1, 4e, 4e) logits, and uses only the last four lines; points
-        and boxes are for SAM alone. Points (N, P, 2) are x, y in pixels of the encoder's input, with
+        """RSRefSeg passes masks, (N, 1, 4e, 4e) logits, or nothing, and needs the last five lines only.
+        Points and boxes are for SAM alone: points (N, P, 2) are x, y in the encoder's pixels, with
         labels (N, P): 1 foreground, 0 background, -1 padding, so that images may have different numbers
-        of points. Boxes (N, 4) are x1, y1, x2, y2. Both need SAM.shared_image_embedding.
+        of points. Boxes (N, 4) are x1, y1, x2, y2. Both need positional_encoding.
         -> sparse (N, M, C) or None, M = P + 1 for points, 2 for a box, P + 2 for both; dense (N, C, e,
         e), or (1, C, e, e) without masks."""
         background, foreground, *corners = [embed.weight for embed in self.point_embed]
@@ -397,14 +397,14 @@ class SAM(nn.Module):
         if images.shape[-2:] != (side, side) or not images.is_floating_point():
             raise ValueError(f"images are {tuple(images.shape[-2:])} {images.dtype}: resize images to "
                              f"{side} x {side}, and divide integers by 255.")
-        # By channel, with plain numbers: the mean as a tensor would have to be copied to the GPU.
+        # By channel, with plain numbers: no copy to the GPU, and no buffer for weights to fill.
         channels = [(images[:, c] - PIXEL_MEAN[c]) / PIXEL_STD[c] for c in range(3)]
         return self.vision_encoder(torch.stack(channels, 1))
 
     def decode(self, features, sparse, dense, multimask=True):
         """Features of B images and prompts for N masks; other shapes as in MaskDecoder.forward."""
         N = len(dense) if sparse is None else len(sparse)
-        if sparse is not None or N > 1:        # else no prompt: one dense row is broadcast over images
+        if sparse is not None or N > 1:        # else dense is one row, and broadcast over the images
             if N % len(features):
                 raise ValueError(f"{N} prompts for {len(features)} images: give k for each image.")
             features = features.repeat_interleave(N // len(features), 0)
@@ -427,8 +427,8 @@ def read_state(path):
         if is_safetensors:
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        return dict(torch.load(path, "cpu", weights_only=True).items()), {}
-    # A damaged safetensors file, zip file or pickle; AttributeError: no dict was saved.
+        return dict(torch.load(path, "cpu", weights_only=True).items()), {}    # AttributeError: no dict
+    # A damaged safetensors file, zip file or pickle:
     except (SafetensorError, RuntimeError, EOFError, AttributeError, LookupError,
             pickle.UnpicklingError) as error:
         # weights_only refuses any object but tensors and plain data, and PyTorch's message names it.

@@ -97,12 +97,12 @@ class Encoder(nn.Module):
         return x
 
 def sincos_position_embedding(g, width):
-    """Returns (g * g, width): sines and cosines of a patch's row, then of its column, divided by 2. Only
-    for tiny: random numbers, which so400m's weights replace in any case, would make it learn slower."""
+    """Returns (g * g, width): sines and cosines of a patch's row, then of its column. The weights of
+    so400m replace it; tiny starts from it, and learns faster than from random numbers."""
     position = (torch.arange(g) + 0.5) / g
-    frequencies = 2 ** torch.linspace(-2, math.log2(g / 4), width // 4)        # 1/4 to g/4 per image
+    frequencies = 2 ** torch.linspace(-2, math.log2(g / 4), width // 4)        # cycles per image side
     angles = 2 * torch.pi * position[:, None] * frequencies                    # (g, width / 4)
-    axis = torch.cat([angles.sin(), angles.cos()], 1) / 2                      # (g, width / 2)
+    axis = torch.cat([angles.sin(), angles.cos()], 1) / 2                      # / 2: as text embeddings
     rows = axis.repeat_interleave(g, 0)                                        # 0 0 1 1, if g were 2
     columns = axis.repeat(g, 1)                                                # 0 1 0 1
     return torch.cat([rows, columns], 1)
@@ -119,7 +119,7 @@ class VisionEmbeddings(nn.Module):
         patch = config.patch // 2 ** len(config.stem)
         g = config.image_size // config.patch
         self.patch_embedding = nn.Conv2d(widths[-1], config.width, patch, patch)
-        self.position_embedding = nn.Embedding(g * g, config.width)    # for its name in the weights only
+        self.position_embedding = nn.Embedding(g * g, config.width)    # an Embedding only for its name
         self.position_embedding.weight.data = sincos_position_embedding(g, config.width)
 
     def forward(self, pixels):
@@ -202,8 +202,8 @@ def tokenize(tokenizer, phrases):
     tokenizer.no_truncation()
     rows = []
     for phrase in phrases:
-        ids = [i for i in tokenizer.encode(canonical(phrase)).ids if i != EOS]     # EOS comes last
-        rows.append(torch.tensor(ids[:MAX_TOKENS - 1] + [EOS]))
+        ids = [i for i in tokenizer.encode(canonical(phrase)).ids if i != EOS]
+        rows.append(torch.tensor(ids[:MAX_TOKENS - 1] + [EOS]))           # EOS comes after the cut
     lengths = torch.tensor([len(row) for row in rows])
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=EOS)
     return ids, torch.arange(ids.shape[1]) < lengths[:, None]

@@ -63,7 +63,7 @@ def parse_args(argv=None):
     add("--epochs", type=int, default=200, help="passes over the training split")
     add("--batch-size", type=int, default=4, help="images per forward pass and process")
     add("--total-batch", type=int, default=32, help="images per optimizer step, by accumulation")
-    add("--phrases-per-image", type=int, default=1, help="phrases that share an image's encoding")
+    add("--phrases-per-image", type=int, default=1, help="of an item; they share the image's encoding")
     add("--lr", type=float, default=1e-4, help="highest learning rate")
     add("--weight-decay", type=float, default=0.05, help="of AdamW, on all parameters")
     add("--warmup-epochs", type=float, default=5, help="epochs of linear warm-up")
@@ -91,13 +91,13 @@ def parse_args(argv=None):
 def learning_rate(step, steps_per_epoch, args):
     """Linear from 0.01 lr to lr over the warm-up, then cosine to 0.001 lr at the end."""
     warmup = args.warmup_epochs * steps_per_epoch
-    if step < warmup:     # the last warm-up step has the full rate; min, as warmup may be a fraction
+    if step < warmup:     # full at the last warm-up step; min and max, as warmup may be a fraction
         return args.lr * (0.01 + 0.99 * min(1, step / max(1, warmup - 1)))
     cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (args.epochs * steps_per_epoch - warmup)))
     return args.lr * (0.001 + 0.999 * cosine)
 
 def fit_batch(args, items, world_size):
-    """Returns the steps per epoch. Lowers total_batch if there are fewer items, images with phrases."""
+    """Returns the steps per epoch. Lowers total_batch to the number of items, if that is smaller."""
     if args.total_batch > items >= world_size:
         args.batch_size = min(args.batch_size, items // world_size)
         args.total_batch = items - items % (args.batch_size * world_size)
@@ -111,7 +111,7 @@ def batches(dataset, args, step, steps_per_epoch):
     """Yields this process's training batches from optimizer step `step` on, without end. Each epoch is
     shuffled anew by (seed, epoch); the items that fill no whole step are left out."""
     rank, world_size = rank_and_world_size()
-    if args.sam == "tiny":     # in memory, without `originals`, full-size masks that only scoring needs
+    if args.sam == "tiny":     # kept in memory, less the full-size masks, which only scoring needs
         dataset = [dict(item, originals=[]) for item in tqdm(dataset, "reading", disable=rank > 0)]
     while True:
         epoch, done = divmod(step, steps_per_epoch)
@@ -133,7 +133,7 @@ def initial_model(args):
     settings = {name: getattr(args, name) for name in names}
     if args.init:
         model = RSRefSeg.from_checkpoint(args.init, args.siglip, args.sam_weights)
-        if model.tower_sources:               # towers that checkpoints hold stay in fp32
+        if model.tower_sources:               # else checkpoints will hold the towers, in fp32
             cast_frozen_linears(model, AMP[args.amp])
         if model.settings["sam"] != args.sam:
             raise InputError(f"{args.init} holds size {model.settings['sam']}, not --sam {args.sam}.")
@@ -189,7 +189,7 @@ def training_step(step, model, ddp_model, loader, optimizer, scaler, args):
         images = batch["images"].to(model.device, non_blocking=True)       # (B, 3, S, S) uint8
         masks = batch["masks"].to(model.device, non_blocking=True)         # (N, 1, S, S) bool
         ids, token_mask = model.tokenize([ref.phrase for ref in batch["refs"]])
-        ddp_model.require_backward_grad_sync = i == accumulate - 1     # for DDP: all-reduce at the end
+        ddp_model.require_backward_grad_sync = i == accumulate - 1     # only DDP reads it: all-reduce
         with autocast(model.device, args.amp):
             output = ddp_model(images / 255, ids, token_mask)
         loss = segmentation_loss(output.logits, masks)
@@ -202,7 +202,7 @@ def training_step(step, model, ddp_model, loader, optimizer, scaler, args):
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()   # inf: no clip
     loss = mean_loss.item()
-    # In fp16, GradScaler skips a step that overflows, and halves its scale. At 1e-3 that is no cure.
+    # In fp16, GradScaler skips a step that overflows, and halves its scale: to 1e-3 if that is no help.
     overflow_allowed = scaler.is_enabled() and scaler.get_scale() > 1e-3
     if not math.isfinite(loss) or (not math.isfinite(norm) and not overflow_allowed):
         raise InputError(f"step {step}: loss {loss}, gradient {norm}, samples {samples}; resume.pt is "
@@ -310,7 +310,7 @@ def train(args):
             log(args.out, "train", done, record)
             losses = []
         if done == total_steps or done % (args.val_every * steps_per_epoch) == 0:
-            if optimizer.state[parameters[0]]["step"] == 0:            # skipped steps do not count
+            if optimizer.state[parameters[0]]["step"] == 0:            # fused AdamW: all were skipped
                 raise InputError("no step was made: each gradient overflowed in fp16. Try --amp bf16.")
             best = validate(model, val_set, done, best, args)
             save_state(args, config, done, best, model, optimizer, scaler)
