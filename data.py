@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 Image.MAX_IMAGE_PIXELS = None  # satellite scenes exceed Pillow's limit of 179 million pixels
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")  # no EPS: Ghostscript
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".jp2")  # for image_files
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".jp2")  # that image_files lists
 
 SPLITS = ("train", "val", "test")
 # One row: a phrase and the mask of what it names. image is a Path; mask is a Path or, as in COCO, a dict
@@ -60,7 +60,7 @@ def error_context(place, problems=None):
 
 # ------------------------------------------------------------------------------------- images and masks
 def is_16_bit_colour(image):
-    """True if a PIL image, opened but not loaded yet, has several channels of 16 bits in its file."""
+    """True if a PIL image has several channels of 16 bits in its file. Once loaded, nothing tells."""
     if len(image.getbands()) == 1:
         return False
     if image.format == "TIFF":
@@ -68,8 +68,8 @@ def is_16_bit_colour(image):
     if image.format == "JPEG2000" and image.fp:
         image.fp.seek(0)  # to load it, Pillow seeks again
         header = image.fp.read(65536).partition(b"\xff\x4f\xff\x51")[2]  # after the markers SOC, SIZ
-        return len(header) > 38 and (header[38] & 127) > 7  # Ssiz: one bit for signed, 7 for depth - 1
-    layouts = [tile[3] for tile in getattr(image, "tile", [])]  # PNG: raw mode; PPM: (mode, maximum)
+        return len(header) > 38 and (header[38] & 127) > 7  # byte 38, Ssiz: a sign bit, 7 of depth - 1
+    layouts = [tile[3] for tile in getattr(image, "tile", [])]  # raw mode; of a PPM (mode, maximum)
     return any(layout in ("LA;16B", "RGB;16B", "RGBA;16B", ("RGB", 65535)) for layout in layouts)
 
 def upright(image):
@@ -86,7 +86,7 @@ def upright(image):
 
 def stretch(values):
     """Grey (H, W) float32 -> uint8: 0 up to its 2nd percentile, 255 from its 98th. A minimum or maximum
-    that over 2 % of the pixels have, "no data" or saturation, is left out of the percentiles."""
+    shared by over 2 % of the pixels ("no data", saturation) is left out of the percentiles."""
     finite = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)  # all NaN: black
     ends = [end for end in (finite.min(), finite.max()) if (finite == end).mean() > 0.02]
     inner = finite[~np.isin(finite, ends)]
@@ -117,8 +117,8 @@ def read_image(path, convert=to_rgb):
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return convert(image)
     except UnidentifiedImageError as error:
-        raise InputError(f"{error}. Fetch it again, or, if it is a TIFF with other than one band up to "
-                         "32 bits, or RGB with up to four of 8 bits: gdal_translate -b 1 -b 2 -b 3 "
+        raise InputError(f"{error}. Fetch it again, or, if it is a TIFF that is neither one band of up "
+                         "to 32 bits nor up to four of 8 bits with RGB: gdal_translate -b 1 -b 2 -b 3 "
                          f"-ot Byte -scale -co PHOTOMETRIC=RGB {path} OUT.tif") from error
     except Exception as error:  # each decoder raises its own classes
         raise InputError(f"image {path}: {error}. Fetch or convert it again.") from error
@@ -133,7 +133,7 @@ def image_tensor(image, side):
     return torch.from_numpy(np.array(image.resize((side, side), Image.BILINEAR))).permute(2, 0, 1)
 
 def tile_starts(length, tile):
-    """Return the starts of windows of size `tile` along `length` >= tile. They overlap by over half."""
+    """Return the starts of windows of size `tile` along `length` >= tile. They overlap by half or so."""
     steps = math.ceil(2 * (length - tile) / tile)
     return np.linspace(0, length - tile, steps + 1).round().astype(int).tolist()
 
@@ -164,7 +164,7 @@ def decode_segmentation(segmentation):
     alternate, column by column. A list of such parts -> their union. Raises InputError."""
     if isinstance(segmentation, list) and isinstance(segmentation[0], (dict, list)):
         return np.any([decode_segmentation(part) for part in segmentation], 0)
-    if not isinstance(segmentation, dict):  # a polygon's list of numbers, also as a part
+    if not isinstance(segmentation, dict):  # a polygon: a list of numbers, alone or as a part
         raise InputError("polygons are not supported, only run lengths (pycocotools: annToRLE)")
     height, width = segmentation["size"]
     runs = segmentation["counts"]
@@ -250,7 +250,7 @@ def read_rrsisd(root, problems):
             for sentence in row["sentences"]:  # a bad one is left out, and those after it
                 yield make_ref(row["ref_id"], row["split"], image, sentence["sent"], category, mask)
 
-FORMATS = {  # name -> (path that it is known by, reader, published numbers of phrases), in this order
+FORMATS = {  # name -> (path that tells it, reader, published numbers of phrases); the first is taken
     "rrsisd": ("rrsisd", read_rrsisd, "train 12,181, val 1,740, test 3,481"),
     "own": ("phrases.jsonl", read_own, "-"),
     "risbench": ("img_rgb", read_risbench, "train 26,300, val 10,013, test 16,159"),
@@ -337,7 +337,7 @@ def check(root, format=None):
             image = read_image(ref.image)
             mask = read_mask(ref)
             colours = []
-            if isinstance(ref.mask, Path):  # F is grey of any depth; getcolors(2) is None if over 2
+            if isinstance(ref.mask, Path):  # the values, as grey of any depth; None: more than two
                 colours = read_image(ref.mask, lambda picture: picture.convert("F").getcolors(2))
             defects = {"the mask has another size than the image": mask.shape != image.size[::-1],
                        "the mask is empty": not mask.any(), "the mask covers everything": mask.all(),
@@ -366,14 +366,14 @@ def check(root, format=None):
 def download(root):
     """Fetch RRSIS-D from the Hugging Face hub and unpack it into ROOT. Raises InputError."""
     from huggingface_hub import snapshot_download  # reads HF_ENDPOINT when it is imported
-    with error_context(f"RRSIS-D (or put its files into {root}, see data.py, or set HF_ENDPOINT)"):
-        fetched = Path(snapshot_download("VoyageWang/rrsis-d", repo_type="dataset"))
-    lists = root / "rrsisd"
-    lists.mkdir(parents=True, exist_ok=True)
-    for name in ("refs(unc).p", "instances.json"):
-        shutil.copy(next(fetched.rglob(name)), lists)
+    (root / "rrsisd").mkdir(parents=True, exist_ok=True)
     images = root / "images" / "rrsisd" / "JPEGImages"
-    shutil.unpack_archive(next(fetched.rglob("JPEGImages.zip")), images)
+    with error_context(f"RRSIS-D (or put its files into {root}, see data.py, or set HF_ENDPOINT)"):
+        names = ["*refs(unc).p", "*instances.json", "*JPEGImages.zip"]
+        folder = Path(snapshot_download("VoyageWang/rrsis-d", repo_type="dataset", allow_patterns=names))
+        for name in names[:2]:
+            shutil.copy(next(folder.rglob(name)), root / "rrsisd")
+        shutil.unpack_archive(next(folder.rglob(names[2])), images)
     for path in [*images.rglob("[!.]*.jpg")]:  # out of whatever folders the zip has
         path.rename(images / path.name)
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
@@ -34,7 +34,6 @@ from data import tile_starts, to_rgb
 from siglip import canonical
 
 SIGLIP_SIZE = {"b": "so400m", "l": "so400m", "h": "so400m", "tiny": "tiny"}      # by size of SAM
-
 # The published weights at the revisions this code was written for.
 HUB = {"siglip": ("google/siglip-so400m-patch14-384", "9fdffc58afc957d1a03a25b10dba0329ab15c2a3"),
        "b": ("facebook/sam-vit-base", "70c1a07f894ebb5b307fd9eaaee97b9dfc16068f"),
@@ -75,7 +74,7 @@ class AttnPrompter(nn.Module):
         word_map = torch.sigmoid(a * torch.einsum("ndhw,nld->nlhw", v_unit, t_unit) + b)
         sentence_map = a * torch.einsum("ndhw,nd->nhw", v_unit, s_unit) + b
 
-        # SigLIP's b is about -16, more than a cos of single positions: at first f_local is about v / 2,
+        # SigLIP's b is about -16, and a cos too small to outweigh it: at first f_local is about v / 2,
         # f_global about 0. The sentence map learns by the dense prompt, which receives its logits.
         # The mean is over real tokens; the released code's includes padding, if a batch has any.
         is_token = token_mask[:, :, None, None].to(word_map.dtype)
@@ -106,8 +105,8 @@ class RSRefSeg(nn.Module):
     above 0 freezes the towers and adapts them, 0 trains them whole. The prompter and SAM's prompt
     encoder and decoder are trained, except for parts that get no gradient. text_lora, down_blocks,
     prompts ("both", "sparse", "dense") and branches ("both", "local", "global") are ablations. `vocab`
-    is SigLIP's number of tokens, `dtype` the type of the frozen Linears: bf16 or fp16 halves the memory,
-    and needs autocast. `towers` is (SigLIP, SAM) with weights, in place of random ones."""
+    is SigLIP's number of tokens, `towers` (SigLIP, SAM) in place of random ones. `dtype` is the type of
+    the frozen Linears: bf16 or fp16 halves the memory, and needs autocast."""
 
     def __init__(self, sam="b", lora_rank=16, lora_alpha=16, lora_dropout=0.1, text_lora=True,
                  down_blocks=2, prompts="both", branches="both", vocab=None, dtype=torch.float32,
@@ -229,13 +228,12 @@ class RSRefSeg(nn.Module):
         sam_weights = sam_weights or HUB[sam][0]
         with torch.device("meta"):                             # no memory: the files bring it
             towers = siglip_py.SigLIP(SIGLIP_SIZE[sam]), sam_py.SAM(sam)
-        siglip_file = fetch(siglip, "model.safetensors")
-        sam_file = fetch(sam_weights, "model.safetensors")
+        tokenizer = read_tokenizer(siglip)
         with error_context("pretrained weights"):
-            siglip_py.load_weights(towers[0], siglip_file)
-            sam_py.load_weights(towers[1], sam_file)
+            siglip_py.load_weights(towers[0], fetch(siglip, "model.safetensors"))
+            sam_py.load_weights(towers[1], fetch(sam_weights, "model.safetensors"))
         model = cls(sam, towers=towers, **settings)
-        model.tokenizer = read_tokenizer(siglip)
+        model.tokenizer = tokenizer
         if model.settings["lora_rank"]:
             model.tower_sources = dict(siglip=siglip, sam_weights=sam_weights)
         return model
@@ -273,18 +271,17 @@ class RSRefSeg(nn.Module):
             metadata["tokenizer"] = self.tokenizer.to_str()
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
         metadata = {key: json.dumps(value) for key, value in metadata.items()}
-        atomic_write(path, lambda file: save_file(tensors, file, metadata))
+        atomic_write(path, lambda file: file.write_bytes(to_bytes(tensors, metadata)))
 
 def freeze_unused(model):
-    """Freeze what cannot receive a gradient: DistributedDataParallel would wait for it. What makes masks
-    1-3 receives one, of zero, because these are cut off late: it stays trainable."""
+    """Freeze what cannot receive a gradient: DistributedDataParallel would wait for it."""
     encoder = model.sam.prompt_encoder
     prompts = model.settings["prompts"]
     unused = [encoder.point_embed, encoder.not_a_point_embed, model.sam.mask_decoder.iou_prediction_head]
     unused.append(encoder.mask_embed if prompts == "sparse" else encoder.no_mask_embed)
     if prompts == "dense":
         unused.append(model.prompter)
-    if prompts == "sparse" and model.settings["branches"] == "local":    # then the sentence is unused
+    if prompts == "sparse" and model.settings["branches"] == "local":    # only a map loss reads s
         unused.append(model.siglip.text_model.head)
     for module in unused:
         module.requires_grad_(False)
@@ -308,8 +305,10 @@ def fetch(source, filename):
         return str(path)
     name = str(source)
     revision = dict(HUB.values()).get(name)                    # HUB's values are (name, revision)
-    with error_context(f"{name} holds no {filename}, and none was downloaded (in a folder of DeepSpeed "
-                       "name its model_states.pt; HF_ENDPOINT may name a mirror)"):
+    if revision is None and (path.parent.is_dir() or name.count("/") != 1):        # no user/name
+        raise InputError(f"there is no file {path}. If weights moved, give --siglip or --sam-weights. "
+                         "Of a folder that DeepSpeed wrote, name the file mp_rank_00_model_states.pt.")
+    with error_context(f"{filename} of {name} was not downloaded (HF_ENDPOINT may name a mirror)"):
         cached = try_to_load_from_cache(name, filename, revision=revision)
         if isinstance(cached, str):                            # else None or a marker
             return cached
@@ -327,9 +326,9 @@ def read_checkpoint(path):
     path = fetch(path, "best.safetensors")
     with error_context("checkpoint"):
         state, metadata = sam_py.read_state(path)
-    if "settings" in metadata:
-        return {key: json.loads(text) for key, text in metadata.items()}, state
-    return convert_official(state, path)
+        if "settings" in metadata:
+            return {key: json.loads(text) for key, text in metadata.items()}, state
+        return convert_official(state, path)
 
 def load_tensors(model, tensors, path, assign=False):
     """Load {name: tensor}, read from `path`. Frozen ones may be missing, except on the meta device."""
@@ -343,7 +342,8 @@ def load_tensors(model, tensors, path, assign=False):
 def atomic_write(path, write):
     """Replace `path` by what write(file name) writes. A crash leaves the old file or the new one."""
     temporary = Path(f"{path}.tmp")
-    write(temporary)
+    with error_context(f"writing {path}"):                     # a full disk
+        write(temporary)
     temporary.replace(path)
 
 # ------------------------------------------------------------------------------------------ command line
@@ -364,7 +364,7 @@ def segment_file(model, path, args):
     """Write mask and overlay of each phrase, and print what was found."""
     image = read_image(path)
     with Image.open(path) as file:
-        tags = {tag: value for tag, value in getattr(file, "tag_v2", {}).items() if tag in GEO_TAGS}
+        tags = {tag: file.tag_v2[tag] for tag in GEO_TAGS if tag in getattr(file, "tag_v2", {})}
     masks, scores = model.segment(image, args.phrases, args.tile)
     for i, (phrase, mask, score) in enumerate(zip(args.phrases, masks.numpy(), scores.tolist()), 1):
         words = re.sub("[^a-z0-9]+", "_", canonical(phrase))[:60]

@@ -137,7 +137,7 @@ class Attention(nn.Module):
         grid = q.unflatten(2, (n, n))                                      # (B, heads, n, n, d)
         row_bias = torch.einsum("bhyxd,ykd->bhyxk", grid, self.rel_pos_h[offset])    # k: row of the key
         column_bias = torch.einsum("bhyxd,xkd->bhyxk", grid, self.rel_pos_w[offset])
-        # `attend` multiplies more, and is faster still, except on large grids on a CPU without AMX.
+        # `attend` multiplies more, and is faster still, but for large grids on a CPU without AMX (bf16).
         fast_products = x.is_cuda or (q.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
         attention = attend if fast_products or n < LARGE_GRID else attend_by_rows
         x = attention(q, k, v, row_bias, column_bias)
@@ -454,7 +454,7 @@ def load_weights(model, path):
         text = textwrap.shorten(str(error), 1000, placeholder=" ...")
         raise ValueError(f"{path} does not hold this SAM: {text}") from error
 
-# For Meta's own files, sam_vit_*.pth: parts of their names -> ours, replaced in this order. Skip it.
+# For Meta's own files, sam_vit_*.pth: parts of their names -> ours, replaced in this order.
 META_NAMES = (
     (r"^image_encoder\.blocks", "image_encoder.layers"), (r"^image_encoder", "vision_encoder"),
     (r"patch_embed\.proj\.", "patch_embed.projection."), (r"\.norm", ".layer_norm"),

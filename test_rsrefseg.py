@@ -468,7 +468,7 @@ except rsrefseg.InputError as error:
     server.shutdown()
     server.server_close()
     assert found in run("-c", program, "user/name")
-    refused = "refused: user/other holds no best.safetensors.*HF_ENDPOINT.*Connect.* True"
+    refused = "refused: best.safetensors of user/other was not down.*HF_ENDPOINT.*Connect.* True"
     assert re.search(refused, run("-c", program, "user/other"))
 
 TOP = dict(size=[40, 60], counts=[0, 3, 2397])                    # the first three pixels of column 0
@@ -1055,8 +1055,8 @@ def test_a_broken_run_resumes_to_the_bit(toy, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "whole", tmp_path / "out")
     less = copy_rows(toy, tmp_path / "less", slice(4, None))
     for message, *flags in (
-            ("another run: training_items was 24, is 23", "--data", less, "--resume"),
-            ("another run: --lr was 0.001, is 1.0", "--data", toy, "--resume", "--lr", 1),
+            ("other flags or data: training_items was 24, is 23", "--data", less, "--resume"),
+            ("other flags or data: lr was 0.001, is 1.0", "--data", toy, "--resume", "--lr", 1),
             ("holds a run: ", "--data", toy), ("holds no run to resume", "--out", tmp_path, "--resume")):
         rejects(message, call, train.main, *arguments, *flags)
 
@@ -1104,7 +1104,7 @@ def test_a_stopped_run_resumes_to_the_bit(toy, small, tmp_path, number, times):
 
 @pytest.mark.parametrize("size", ["tiny", "small"])
 def test_two_processes_follow_one(toy, small, tmp_path, size):
-    """To rounding. small: two micro-batches per process (no_sync), LoRA, recomputed activations."""
+    """To rounding. small: two micro-batches per process, LoRA, recomputed activations."""
     root = copy_rows(toy, tmp_path / "toy", slice(-1))
     arguments = ["--sam", "tiny", "--data", root, "--batch-size", 4]
     if size == "small":

@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def parse_args(argv=None):
     add("--epochs", type=int, default=200, help="passes over the training split")
     add("--batch-size", type=int, default=4, help="images per forward pass and process")
     add("--total-batch", type=int, default=32, help="images per optimizer step, by accumulation")
-    add("--phrases-per-image", type=int, default=1, help="of an item; they share the image's encoding")
+    add("--phrases-per-image", type=int, default=1, help="phrases that share an image's encoding")
     add("--lr", type=float, default=1e-4, help="highest learning rate")
     add("--weight-decay", type=float, default=0.05, help="of AdamW, on all parameters")
     add("--warmup-epochs", type=float, default=5, help="epochs of linear warm-up")
@@ -161,10 +162,11 @@ def load_state(args, config, model, optimizer, scaler):
     path = args.out / "resume.pt"
     with error_context("--resume"):
         state, _ = read_state(path)
-    changed = [f"{name} was {state['config'].get(name)}, is {value}" for name, value in config.items()
-               if state["config"].get(name) != value]
+        before = state["config"]
+    changed = [f"{name} was {before.get(name)}, is {value}" for name, value in config.items()
+               if before.get(name) != value]
     if changed:
-        raise InputError(f"{path} belongs to another run: {', '.join(changed)}.")
+        raise InputError(f"{path} is of other flags or data: {', '.join(changed)}.")
     load_tensors(model, state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
@@ -179,7 +181,7 @@ def segmentation_loss(logits, masks):
 
 def training_step(step, model, ddp_model, loader, optimizer, scaler, args):
     """One optimizer step on total_batch images. Returns this process's loss and the gradient norm.
-    Raises InputError, before the weights change, if either is not finite."""
+    Raises InputError, before the weights change, if either is not finite (see below for fp16)."""
     accumulate = args.total_batch // (args.batch_size * rank_and_world_size()[1])
     mean_loss = torch.zeros((), device=model.device)
     samples = []
@@ -202,7 +204,7 @@ def training_step(step, model, ddp_model, loader, optimizer, scaler, args):
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf).item()   # inf: no clip
     loss = mean_loss.item()
-    # In fp16, GradScaler skips a step that overflows, and halves its scale: to 1e-3 if that is no help.
+    # In fp16, GradScaler skips a step that overflows, and halves its scale. Below 1e-3 give up.
     overflow_allowed = scaler.is_enabled() and scaler.get_scale() > 1e-3
     if not math.isfinite(loss) or (not math.isfinite(norm) and not overflow_allowed):
         raise InputError(f"step {step}: loss {loss}, gradient {norm}, samples {samples}; resume.pt is "
@@ -232,7 +234,7 @@ def train(args):
     if "LOCAL_RANK" in os.environ and args.device == "cuda":           # torchrun: a GPU per process
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", timeout=timedelta(hours=1), device_id=device)
     elif "LOCAL_RANK" in os.environ:
         dist.init_process_group("gloo")
     rank, world_size = rank_and_world_size()
@@ -244,8 +246,7 @@ def train(args):
     if not args.resume and (resumable or (args.out / "best.safetensors").exists()):
         raise InputError(f"{args.out} holds a run: give --resume, or another --out.")
     print(f"{args.device}, autocast {args.amp}, {torch.get_num_threads()} threads per process")
-    # cuDNN's attention can give NaN gradients with a padding mask (PyTorch issue 196678).
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)        # gradients may be NaN: PyTorch's issue 196678
 
     # Data
     if rank == 0 and args.data == TINY["data"] and not (args.data / "phrases.jsonl").exists():
@@ -275,8 +276,7 @@ def train(args):
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
     args.out.mkdir(parents=True, exist_ok=True)
-    config = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()
-              if name not in MAY_CHANGE_ON_RESUME}
+    config = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE_ON_RESUME}
     config.update(model.settings, towers_saved=not model.tower_sources, training_items=len(train_set))
     first_step = 0
     best = -1.0                                                        # gIoU on val
