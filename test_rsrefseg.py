@@ -538,7 +538,7 @@ def test_images_and_masks_of_every_mode(tmp_path):
     Image.effect_noise((64, 64), 90).save(tmp_path / "x.tif", compression="tiff_lzw")
     damaged = (tmp_path / "x.tif").read_bytes()
     (tmp_path / "x.tif").write_bytes(damaged[:2000] + bytes(40) + damaged[2040:])
-    rejects("decoder error", data.read_image, tmp_path / "x.tif")
+    rejects("x.tif: .*-2", data.read_image, tmp_path / "x.tif")
     rejects("No such file", data.read_image, tmp_path / "absent.png")
 
 @pytest.mark.parametrize("values, border, colour", [
