@@ -366,11 +366,11 @@ def check(root, format=None):
 def download(root):
     """Fetch RRSIS-D from the Hugging Face hub and unpack it into ROOT. Raises InputError."""
     from huggingface_hub import snapshot_download  # reads HF_ENDPOINT when it is imported
-    (root / "rrsisd").mkdir(parents=True, exist_ok=True)
     images = root / "images" / "rrsisd" / "JPEGImages"
     with error_context(f"RRSIS-D (or put its files into {root}, see data.py, or set HF_ENDPOINT)"):
         names = ["*refs(unc).p", "*instances.json", "*JPEGImages.zip"]
         folder = Path(snapshot_download("VoyageWang/rrsis-d", repo_type="dataset", allow_patterns=names))
+        (root / "rrsisd").mkdir(parents=True, exist_ok=True)
         for name in names[:2]:
             shutil.copy(next(folder.rglob(name)), root / "rrsisd")
         shutil.unpack_archive(next(folder.rglob(names[2])), images)
