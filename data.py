@@ -145,18 +145,18 @@ def parse_runs(text):
     """COCO's run lengths as a string -> list of ints. A number is cut into groups of 5 bits, the lowest
     first. Each is a character: 48 + the group, + 32 if another one follows."""
     runs = []
-    value = shift = 0
+    groups = []
     for character in text:
         bits = ord(character) - 48
-        value += (bits & 31) << shift
-        shift += 5
+        groups.append(bits & 31)
         if bits & 32 == 0:  # the number is complete
+            value = sum(group << 5 * i for i, group in enumerate(groups))
             if bits & 16:  # its highest bit is set: negative, in two's complement
-                value -= 1 << shift
+                value -= 1 << 5 * len(groups)
             if len(runs) > 2:  # from the fourth run on, the difference to the run two before is stored
                 value += runs[-2]
             runs.append(value)
-            value = shift = 0
+            groups = []
     return runs
 
 def decode_segmentation(segmentation):

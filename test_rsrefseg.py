@@ -180,14 +180,14 @@ def released_schedule(n, epochs, warmup, period):
     return rates
 
 @pytest.mark.filterwarnings("ignore:Detected call")
-def test_schedule_and_defaults(monkeypatch):
+@pytest.mark.parametrize("n, epochs, warmup", [(7, 20, 5)])
+def test_schedule_and_defaults(monkeypatch, n, epochs, warmup):
     """The paper's. Rounded down to whole epochs, and with 5 more of them, the schedule is the released
     one. As it is, it equals one whose period ends with the run, at each epoch's start."""
     expected = dict(epochs=200, total_batch=32, lr=1e-4, weight_decay=0.05, warmup_epochs=5, clip=0,
                     lora_rank=16, lora_alpha=16, lora_dropout=0.1, phrases_per_image=1, map_loss=0,
                     text_lora=True, down_blocks=2, prompts="both", branches="both")
     assert vars(train.parse_args(["--sam", "b"])).items() >= expected.items()
-    n, epochs, warmup = 7, 20, 5
     exact = functools.partial(pytest.approx, rel=1e-9, abs=0)
     longer = train.parse_args(["--epochs", str(epochs + warmup)])
     steps = [step if step < warmup * n else step // n * n for step in range(epochs * n)]
@@ -637,7 +637,8 @@ def write_format(root, dataset, refs):
         shutil.copy(ref.image, images)
         Image.open(ref.image).save(images / name)
         Image.fromarray(mask).save(masks / name)
-        file, line = f"output_phrase_{ref.split}.txt", f"{name.removesuffix('.tif')} {ref.phrase}"
+        file = f"output_phrase_{ref.split}.txt"
+        line = f"{name.removesuffix('.tif')} {ref.phrase}"
         if dataset == "risbench_lines":
             file = f"{ref.split}.jsonl"
             line = json.dumps(dict(split=ref.split, sent=f" {ref.phrase}  ", file_name=name,
@@ -930,7 +931,8 @@ class Assembly(nn.Module):
         peft = pytest.importorskip("peft")
         self.siglip = reference_siglip(siglip.CONFIGS[rsrefseg.SIGLIP_SIZE[size]])
         self.sam = reference_sam(sam.CONFIGS[size])
-        for part, target in PEFT_TARGETS.items() if rank else ():
+        targets = PEFT_TARGETS if rank else {}
+        for part, target in targets.items():
             adapter = peft.LoraConfig(r=rank, lora_alpha=16, lora_dropout=dropout, target_modules=target)
             peft.inject_adapter_in_model(adapter, self.get_submodule(part))
         D = self.siglip.config.vision_config.hidden_size
@@ -1083,7 +1085,8 @@ def test_a_stopped_run_resumes_to_the_bit(toy, small, tmp_path, number, times):
     for attempt in range(times):
         before = resume.stat().st_mtime_ns if attempt else None
         command = [sys.executable, HERE / "test_rsrefseg.py", "train", *map(str, arguments)]
-        command += ["--resume"] * (attempt > 0)
+        if attempt > 0:
+            command.append("--resume")
         process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
         while not resume.exists() or resume.stat().st_mtime_ns == before:
             assert process.poll() is None, "it ended before its first step"
@@ -1102,8 +1105,8 @@ def test_a_stopped_run_resumes_to_the_bit(toy, small, tmp_path, number, times):
     call(train.main, *arguments, "--resume")
     assert_same_run(tmp_path / "whole", resume.parent)
 
-@pytest.mark.parametrize("size", ["tiny", "small"])
-def test_two_processes_follow_one(toy, small, tmp_path, size):
+@pytest.mark.parametrize("size, changes", [("tiny", []), ("small", ["--checkpoint-activations"])])
+def test_two_processes_follow_one(toy, small, tmp_path, size, changes):
     """To rounding. small: two micro-batches per process, LoRA, recomputed activations."""
     root = copy_rows(toy, tmp_path / "toy", slice(-1))
     arguments = ["--sam", "tiny", "--data", root, "--batch-size", 4]
@@ -1112,7 +1115,7 @@ def test_two_processes_follow_one(toy, small, tmp_path, size):
     arguments += ["--epochs", 1, "--lr", 1e-4, *CPU, "--out"]
     call(train.main, *arguments, tmp_path / "one")
     run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "test_rsrefseg.py",
-        "train", *arguments, tmp_path / "two", *["--checkpoint-activations"] * (size == "small"))
+        "train", *arguments, tmp_path / "two", *changes)
     one, two = [log_rows(tmp_path / name, "train")[3] for name in ("one", "two")]
     for key in ("loss", "gradient_norm"):
         assert two[key] == pytest.approx(one[key], rel=1e-4)
@@ -1175,8 +1178,7 @@ def test_tiny_learns_to_follow_the_phrase(trained, toy, capsys):
     assert report["metrics"]["gIoU"] > 50 and shuffled["metrics"]["gIoU"] < 25
     assert report["metrics"] == evaluate.metrics(report["samples"])
     refs = data.RefSegDataset(toy, "train", 96).refs
-    for i, ref in enumerate(refs):
-        row, other = report["samples"][i], shuffled["samples"][i]
+    for i, (ref, row, other) in enumerate(zip(refs, report["samples"], shuffled["samples"])):
         mask = np.asarray(Image.open(trained / "masks" / f"{i:06d}.png"))
         assert (mask & data.read_mask(ref)).sum() == row["intersection"]
         assert (other["ref_id"], other["phrase"]) == (ref.ref_id, refs[(i + 48) % 96].phrase)
@@ -1297,16 +1299,14 @@ def full_size_parity(size, forward_only, folder):
     torch.save(official, folder / "official.pth")
     for layer in theirs.sam.vision_encoder.layers:         # all attention matrices would take over 20 GB
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    with torch.set_grad_enabled(not forward_only):
-        their_logits, their_stages = theirs(images, ids)
+    their_logits, their_stages = theirs(images, ids)
     if not forward_only:
         theirs.loss(their_logits, targets).backward()
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     del theirs, state, official
     data.toy_tokenizer().save(str(folder / "tokenizer.json"))
     ours = RSRefSeg.from_checkpoint(folder / "official.pth", folder)
-    with torch.set_grad_enabled(not forward_only):
-        output, stages = forward_with_stages(ours, images, ids, mask)
+    output, stages = forward_with_stages(ours, images, ids, mask)
     rows = [(name, relative(stages[name], value), 1e-5) for name, value in their_stages.items()]
     rows.append(("mask logits", relative(output.logits, their_logits), 1e-5))
     if not forward_only:
@@ -1389,8 +1389,8 @@ def bench_command(argv):
         seconds.append(time.perf_counter() - start)
     rate = 2 * 4096**3 / min(seconds) / 1e12
     # Matrix products of a step with one image and one phrase, by FlopCounterMode on the assembly.
-    tflop = dict(binfer=1.683, btrain=3.662, linfer=3.731, ltrain=7.901)[args.size + args.mode]
-    tflop *= args.batch
+    counted = dict(binfer=1.683, btrain=3.662, linfer=3.731, ltrain=7.901)
+    tflop = args.batch * counted[args.size + args.mode]
     print(f"  floor      {tflop / rate:8.3f} s = {tflop:.2f} TFLOP at {rate:.2f} TFLOP/s")
 
 if __name__ == "__main__":
