@@ -434,8 +434,8 @@ def read_state(path):
         # weights_only refuses any object but tensors and plain data, and PyTorch's message names it.
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if foreign:
-            raise ValueError(f"{path} holds {foreign[1]} beside its tensors. If you trust it, read it by "
-                             "torch.load(path, weights_only=False), and save its entry 'state_dict' by "
+            raise ValueError(f"{path} holds {foreign[1]} beside its tensors. If you trust it, read it by"
+                             " torch.load(path, weights_only=False), and save its entry 'state_dict' by "
                              "torch.save (of DeepSpeed: 'module') to another file.") from error
         raise ValueError(f"{path} is damaged or no dict of tensors: replace it.") from error
 
